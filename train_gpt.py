@@ -776,23 +776,34 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
 
     docs [B, T] int32, never falling along a row; window [1 or H] int32, a tensor on the device, so
     that a new window needs no new graph (record 13). A pair of blocks is `full` where no element
-    can be masked, `partial` where some can.
+    can be masked, `partial` where some can. Both sets are runs next to the diagonal, so the lists
+    follow from counts: sorting them, as create_block_mask does, took Triton minutes to compile.
     """
     batch, length = docs.shape
     n = length // BLOCK
     first, last = docs.view(batch, n, BLOCK)[..., 0], docs.view(batch, n, BLOCK)[..., -1]
-    i = torch.arange(n, device=docs.device)
+    i = torch.arange(n, device=docs.device, dtype=torch.int32)
     back = (i[:, None] - i) * BLOCK  # [Q, KV], distance of the blocks' first tokens
     w = window[:, None, None]
     touch = (first[:, :, None] <= last[:, None, :])[:, None]  # [B, 1, Q, KV], for KV <= Q
     whole = (last[:, :, None] == first[:, None, :])[:, None]
     seen = (back >= 0) & (back - BLOCK + 1 < w) & touch
-    full = (back > 0) & (back + BLOCK - 1 < w) & whole
+    full = (back > 0) & (back + BLOCK - 1 < w) & whole & seen
 
-    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        count = blocks.sum(-1, dtype=torch.int32)
-        order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        return count, order.to(torch.int32)
+    at = i[:, None]  # the row's own block, [rows, 1]; i counts along its list
+
+    def lists(axis: int) -> list[Tensor]:
+        """Counts and lists of partial, then full partners, along KV (-1) or along Q (-2)."""
+        s = seen.sum(axis, dtype=torch.int32)[..., None]
+        f = full.sum(axis, dtype=torch.int32)[..., None]
+        if axis == -1:  # partial: q - s + 1 ... q - f - 1, then q itself; full: q - f ... q - 1
+            partial = torch.where(i < s - f - 1, at - s + 1 + i, at)
+            inner = at - f + i
+        else:  # partial: k itself, then k + f + 1 ... k + s - 1; full: k + 1 ... k + f
+            partial = torch.where(i > 0, at + f + i, at)
+            inner = (at + 1 + i).expand_as(partial)
+        partial, inner = (t.clamp(0, n - 1).to(torch.int32).contiguous() for t in (partial, inner))
+        return [(s - f)[..., 0], partial, f[..., 0], inner]
 
     per_head = window.size(0) > 1
 
@@ -800,8 +811,15 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         near = q - kv < (window[h] if per_head else window[0])
         return (kv <= q) & (docs[b, q] == docs[b, kv]) & near
 
-    return BlockMask.from_kv_blocks(
-        *ordered(seen & ~full), *ordered(full), BLOCK, visible, seq_lengths=(length, length)
+    fields = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    by_query = dict(zip(fields, lists(-1), strict=True))
+    by_key = {k.replace("kv", "q"): v for k, v in zip(fields, lists(-2), strict=True)}
+    return BlockMask(
+        seq_lengths=(length, length),
+        **by_query,
+        **by_key,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=visible,
     )
 
 
@@ -1942,14 +1960,20 @@ class Trainer:
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
         shapes = {self.call_shape(step.tokens) for step in self.steps}
         for rows, row in sorted(shapes):
+            self.announce(f"training graph, {rows} x {row} tokens a call")
             step = dataclasses.replace(self.steps[0], tokens=rows * row * self.world.size)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
+        self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
         self.world.synchronize()
         dynamo.error_on_recompile = self.cfg.run.compile
         self.compile_s, self.warm = time.perf_counter() - began, True
         init_parameters(self.model, self.cfg.run.seed)
         self.optimizer.reset()
+
+    def announce(self, what: str) -> None:
+        if self.world.main and self.cfg.run.compile:
+            print(f"compiling: {what} ({process_age():.0f} s)", file=sys.stderr, flush=True)
 
     def call_shape(self, tokens: int) -> tuple[int, int]:
         rows, row = step_rows(tokens, self.cfg.data.row_tokens)
