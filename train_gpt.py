@@ -100,7 +100,7 @@ class ModelConfig:
 class OptimConfig:
     """One table of parameter groups is made of these (`parameter_groups`)."""
 
-    matrix_lr: float = knob(0.05, "Muon, block matrices; times sqrt(max(1, rows / cols))")
+    matrix_lr: float = knob(0.03, "Muon, block matrices; times sqrt(max(1, rows / cols))")
     matrix_wd: float = knob(0.0, "Muon, decoupled weight decay, 1 / lr")
     momentum: float = knob(0.95, "Muon")
     momentum_start: float = knob(0.85, "Muon at step 0 and, over cooldown_momentum, at the end")
@@ -304,8 +304,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     bad = []
 
     def need(ok: bool, message: str) -> None:
-        if not ok:
-            bad.append(message)
+        if not ok:  # flags as the command line writes them
+            bad.append(re.sub(r"--\w+", lambda flag: flag[0].replace("_", "-"), message))
 
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
@@ -331,22 +331,26 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     if name == "diff_v1":
         qk = v1_qk_dim(m)
         need(
-            (m.n_head * m.head_dim) % (2 * qk) == 0,
+            (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
             f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
         )
     need(not (m.xsa and name == "diff_v1"), "--xsa: diff_v1 normalises its heads, no own value")
     need(len(s.stages) > 0, "--stages is empty")
     need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
     for st in s.stages:
-        rows = step_rows(st.tokens, d.row_tokens)[0]
+        rows, row = step_rows(st.tokens, max(1, d.row_tokens))
         need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
         need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
+        need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
         need(
-            st.tokens % max(1, rows) == 0 and rows % world_size == 0,
+            rows % world_size == 0,
             f"--stages {st}: its {rows} rows do not divide over {world_size} ranks",
         )
     need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
-    need(d.val_call_tokens % max(1, d.val_row_tokens) == 0, "--val_call_tokens: whole rows")
+    need(
+        d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0,
+        "--val_call_tokens: whole rows",
+    )
     need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
     need(r.looks <= 20, f"--looks {r.looks}: at most 20")
     need(r.keep >= 1, "--keep 1 or more")
@@ -572,62 +576,67 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.sigmoid(z.float() * (4 / cap)) if cap else z.float()
 
 
+def log_partition(logits: Tensor, cap: float) -> Tensor:
+    """log sum exp over the last dimension, kept. Logits under a cap need no maximum first, which
+    saves a pass over them."""
+    if cap:
+        return torch.exp(logits - cap).sum(-1, keepdim=True).log() + cap
+    return torch.logsumexp(logits, -1, keepdim=True)
+
+
 def token_losses(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Cross-entropy [N] in nats of softcapped logits z [N, V]; 0 where the target is negative."""
     logits = softcap(z, cap)
-    hit = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets >= 0, torch.logsumexp(logits, 1) - hit, 0.0)
+    hit = logits.gather(1, targets.clamp(min=0)[:, None])
+    return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
 
 
 def losses_and_grad(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
     logits = softcap(z, cap)
-    lse = torch.logsumexp(logits, 1, keepdim=True)
+    total = log_partition(logits, cap)
     valid = targets >= 0
     hit = logits.gather(1, targets.clamp(min=0)[:, None])
-    losses = torch.where(valid, (lse - hit)[:, 0], 0.0)
+    losses = torch.where(valid, (total - hit)[:, 0], 0.0)
     is_target = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    grad = (torch.exp(logits - lse) - is_target.float()) * valid[:, None]
+    grad = (torch.exp(logits - total) - is_target.float()) * valid[:, None]
     if cap:
         grad = grad * (logits * (4 / cap) * (1 - logits / cap))
     return losses, grad
 
 
-def head_piece(h, w, targets, scale, w_grad, cap):
-    """One piece of rows in h's own dtype: h [N, d], w [V, d] -> losses [N], dh; w_grad += dw."""
-    losses, g = losses_and_grad(h @ w.t(), targets, cap)
-    g = (g * scale).to(h.dtype)
-    w_grad.add_(g.t() @ h)
-    return losses, g @ w
+def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """losses_and_grad with scale x grad in z's dtype."""
+    losses, g = losses_and_grad(z, targets, cap)
+    return losses, (g * scale).to(z.dtype)
 
 
-def head_piece_fp8(h, w8, w8t, targets, scale, w_grad, cap):
-    """The same through three FP8 products (record 19): w8 [V, d] and w8t [d, V] are e4m3."""
-    x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
-    x8 = to_fp8(h, x_scale, E4M3)
-    xs, ws = h.new_full((), x_scale, dtype=torch.float32), scale.new_full((), W8_SCALE)
-    losses, g = losses_and_grad(fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True), targets, cap)
-    g8 = to_fp8(g, G8_SCALE, E5M2)
-    gs = scale * G8_SCALE
-    dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
-    x8t = x8.t().contiguous()
-    w_grad.add_(fp8_mm(g8.t().contiguous(), x8t.t(), gs, xs, torch.float32, False))
-    return losses, dh
+def grad_in_fp8(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """losses_and_grad with grad / G8_SCALE in e5m2."""
+    losses, g = losses_and_grad(z, targets, cap)
+    return losses, to_fp8(g, G8_SCALE, E5M2)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.t().contiguous()
 
 
 class Head:
     """The language-model head with its loss, [N, d] -> nats, in pieces, gradient by hand.
 
     `weight` [V, d] is the model's own parameter (its .grad must exist). `prepare` casts it once a
-    step. Evaluation is always in the activations' dtype with an fp32 loss.
+    step. Evaluation is always in the activations' dtype with an fp32 loss. Only what is pointwise
+    or a reduction is compiled, in graphs of their own: fused into the reduction, the transpose of
+    the gradient cost 3 ms a piece (LAB_LOG 2026-11-24).
     """
 
     def __init__(self, weight: nn.Parameter, cap: float, dtype, fp8: bool, compiled: bool):
         self.weight, self.cap, self.dtype, self.fp8 = weight, cap, dtype, fp8
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         wrap = wrap if compiled else lambda f: f
-        self._train = wrap(head_piece_fp8 if fp8 else head_piece)
-        self._eval = wrap(lambda h, w, targets: token_losses(h @ w.t(), targets, cap))
+        self._grad = wrap(grad_in_fp8 if fp8 else grad_in)
+        self._losses, self._to_fp8 = wrap(token_losses), wrap(to_fp8)
+        self._transposed, self._transposed_x = wrap(transposed), wrap(transposed)
         self._cast = None
 
     @torch.no_grad()
@@ -638,12 +647,33 @@ class Head:
         else:
             self._cast = (self.weight.to(self.dtype),)
 
+    def piece(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
+        (w,) = self._cast
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
+        self.weight.grad.add_(g.t() @ h)
+        return losses, g @ w
+
+    def piece_fp8(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The same through three FP8 products (record 19)."""
+        w8, w8t = self._cast  # [V, d], [d, V], e4m3
+        x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
+        xs, ws = scale.new_full((), x_scale), scale.new_full((), W8_SCALE)
+        gs = scale * G8_SCALE
+        x8 = self._to_fp8(h, x_scale, E4M3)
+        z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
+        losses, g8 = self._grad(z, targets, self.cap)
+        dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
+        g8t, x8t = self._transposed(g8), self._transposed_x(x8)
+        self.weight.grad.add_(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
+        return losses, dh
+
     @torch.no_grad()
     def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad."""
+        run = self.piece_fp8 if self.fp8 else self.piece
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        done = [self._train(x, *self._cast, t, scale, self.weight.grad, self.cap) for x, t in pairs]
-        losses, grads = zip(*done, strict=True)
+        losses, grads = zip(*(run(x, t, scale) for x, t in pairs), strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
@@ -651,7 +681,7 @@ class Head:
         """h [N, d], targets [N] -> [N] fp32, nats; 0 where the target is negative."""
         w = self.weight.to(self.dtype)
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        return torch.cat([self._eval(x, w, t) for x, t in pairs])
+        return torch.cat([self._losses(x @ w.t(), t, self.cap) for x, t in pairs])
 
 
 # ---- 4. Attention -------------------------------------------------------------------------------
@@ -1227,7 +1257,7 @@ POLAR_EXPRESS = (
 
 def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> Tensor:
     """u [n, rows, cols] -> the nearest semi-orthogonal matrices, roughly: singular values that were
-    >= 0.001 of the norm come out in [0.85, 1.14] (bfloat16 adds a little)."""
+    >= 0.001 of the norm come out in [0.847, 1.141] (bfloat16 blurs the smallest ones)."""
     x = u.to(dtype)
     tall = x.size(1) > x.size(2)
     if tall:
@@ -1698,7 +1728,7 @@ class RunLog:
         if active:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, kind: str, **values) -> None:
+    def write(self, kind: str, /, **values) -> None:
         if not self.active:
             return
         line = json.dumps({"t": kind, **values})
@@ -1749,11 +1779,13 @@ def machine(world: World) -> dict:
         "host": platform.node(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": None,
+        "driver": None,
+        "triton": None,
         "count": world.size,
     }
     if world.cuda:
         name = torch.cuda.get_device_name()
-        env |= {"gpu": name, "cuda": torch.version.cuda, "driver": None}
+        env |= {"gpu": name, "cuda": torch.version.cuda}
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             env["driver"] = subprocess.check_output(query, text=True).split("\n")[0]
@@ -2028,7 +2060,8 @@ class Trainer:
         table = self.corpus.bytes_of
         table = None if table is None else torch.from_numpy(table.astype(np.float64)).to(device)
         number = math.ceil(total / d.val_call_tokens)
-        for call in range(self.world.rank, min(number, calls or number), self.world.size):
+        # In warm-up every rank evaluates, as ranks without a call now may have one later.
+        for call in range(calls) if calls else range(self.world.rank, number, self.world.size):
             rows = d.val_call_tokens // d.val_row_tokens
             start = call * d.val_call_tokens
             batch = make_batch(stream, start, rows, d.val_row_tokens, total).to(device)
@@ -2092,6 +2125,7 @@ class Trainer:
         start = self.resume() if self.cfg.run.resume else self.begin()
         self.clock, self.mark, self.pending = getattr(self, "clock", 0.0), None, []
         gc.collect()
+        trained = self.steps[-1].start + self.steps[-1].tokens  # where nothing is left to train
         looks = self.look_steps()
         batches = self.hooks.batches or self.default_batches
         energy = joules(self.world)
@@ -2104,13 +2138,13 @@ class Trainer:
             done, trained = step.index + 1, step.start + step.tokens
             if self.hooks.after_step is not None:
                 self.hooks.after_step(self, step)
-            every = self.cfg.run.save_every
-            if every and done % every == 0 and done < len(self.steps):
-                with self.paused():
-                    self.save(done)
             if done in looks:
                 with self.paused():
                     self.look(done, trained)
+            every = self.cfg.run.save_every  # after the look, or a resumed run would lack it
+            if every and done % every == 0 and done < len(self.steps):
+                with self.paused():
+                    self.save(done)
             if self.stopping:
                 with self.paused():
                     where = self.save(done)
@@ -2222,9 +2256,10 @@ class Trainer:
                 box = [run_id]
                 dist.broadcast_object_list(box)
                 run_id = box[0]
+        folder = Path(cfg.run.out) / run_id
+        if self.world.main and (folder / "run.jsonl").exists():
+            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
         self.open_log(run_id)
-        if self.world.main and (self.folder / "run.jsonl").exists():
-            raise InputError(f"{self.folder} holds a run already: another --run-id, or --resume it")
         self.write_header()
         return 0
 

@@ -1,0 +1,1 @@
+"""Getting tokens: download, tokenise, write and check token shards. Needs no torch."""

@@ -1,0 +1,228 @@
+"""What several tests share: shards of real text, random parameters, log checks, processes."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = Path(__file__).resolve().parent / "arms"
+for _folder in (ROOT, ROOT / "tests"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+import train_gpt as T  # noqa: E402
+
+EOT = 256  # of the tokenizer that is bytes
+BYTE_VOCAB = 257
+
+# Every form of differential attention, and the baseline.
+BUILT_IN = (
+    "softmax",
+    "diff_v1",
+    "diff_v2",
+    "diff_v2,form=full",
+    "diff_v2,form=light",
+    "diff_v2,form=light+",
+)
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, tokens, *, magic=T.SHARD_MAGIC, version=1, count=None) -> Path:
+    """A token shard as DESIGN has it; the keywords make broken ones."""
+    tokens = np.asarray(tokens, np.uint16)
+    head = np.zeros(256, np.int32)
+    head[:3] = magic, version, len(tokens) if count is None else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head.tobytes() + tokens.tobytes())
+    return path
+
+
+def write_corpus(
+    folder: Path, splits: dict[str, list], vocab: int = BYTE_VOCAB, eot: int = EOT
+) -> Path:
+    """A folder with manifest.json, token_bytes.bin and one shard for each array of a split."""
+    rows = []
+    for split, shards in splits.items():
+        for i, tokens in enumerate(shards):
+            tokens = np.asarray(tokens, np.uint16)
+            path = write_shard(folder / f"tokens_{split}_{i:06d}.bin", tokens)
+            docs = int((tokens == eot).sum())
+            rows.append(
+                {"name": path.name, "split": split, "tokens": len(tokens), "documents": docs}
+                | {"text_bytes": len(tokens) - docs, "sha256": T.sha256(path)}
+            )
+    manifest = {"version": 1, "tokenizer": "bytes", "vocab": vocab, "eot": eot, "files": rows}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sizes = np.ones(vocab, np.uint16)
+    sizes[eot:] = 0
+    (folder / "token_bytes.bin").write_bytes(sizes.tobytes())
+    return folder
+
+
+def docstrings(most: int) -> list[bytes]:
+    """Docstrings of the standard library, at most `most` bytes, in a fixed order."""
+    found, size, seen = [], 0, set()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if not text or len(text) < 100 or text in seen:
+                continue
+            seen.add(text)
+            found.append(text.encode())
+            size += len(found[-1])
+            if size > most:
+                return found
+    return found
+
+
+def tokens_of(texts: list[bytes]) -> np.ndarray:
+    """Bytes with the end-of-text token before each document."""
+    return np.concatenate([np.array([EOT, *text], np.uint16) for text in texts])
+
+
+def write_text_corpus(folder: Path) -> Path:
+    """Real English: standard-library docstrings, every 8th document to val, every 8th to dev."""
+    texts = docstrings(500_000)
+    val, dev = texts[3::8], texts[7::8]
+    train = [t for i, t in enumerate(texts) if i % 8 not in (3, 7)]
+    half = len(train) // 2
+    return write_corpus(
+        folder,
+        {
+            "train": [tokens_of(train[:half]), tokens_of(train[half:])],
+            "dev": [tokens_of(dev)],
+            "val": [tokens_of(val)],
+        },
+    )
+
+
+def bigram_nats(tokens: np.ndarray, vocab: int = BYTE_VOCAB) -> float:
+    """Nats a token that the best table of next-token chances, fitted to these very tokens, needs:
+    no function of the present token alone can do better on them."""
+    pairs = np.zeros((vocab, vocab))
+    np.add.at(pairs, (tokens[:-1].astype(int), tokens[1:].astype(int)), 1)
+    rows = pairs.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(pairs > 0, pairs * np.log(pairs / rows), 0.0)
+    return float(-terms.sum() / pairs.sum())
+
+
+# ---- models and runs ----------------------------------------------------------------------------
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
+    """Every parameter anew: heads, gates and output projections are zero at init, and a zero hides
+    whatever stands before it. Matrices are scaled to keep their input's size."""
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            value = torch.randn(p.shape, generator=gen, dtype=torch.float64)
+            p.copy_(value * (p.size(-1) ** -0.5 if p.ndim == 2 else std))
+
+
+def tiny(data: Path | str, out: Path | str, **changes) -> T.Config:
+    """A run of a few small steps on the CPU: 2 layers x 32, 256 tokens a step."""
+    small = {
+        **{"n_layer": 2, "d_model": 32, "n_head": 2, "head_dim": 16, "long_layers": (1,)},
+        **{"backout": 0, "value_tables": 1, "row_tokens": 32, "micro_batch_tokens": 256},
+        **{"val_row_tokens": 64, "val_call_tokens": 256, "val_tokens": 512, "dev_tokens": 512},
+        **{"stages": (T.Stage(1.0, 256, 1.0, (128, 128)),), "tokens": 256 * 8, "looks": 2},
+        **{"matrix_lr": 0.02, "momentum_warmup": 4, "momentum_cooldown": 2},
+        **{"save_final": False, "data": str(data), "out": str(out)},
+    }
+    return T.make_config("demo", **{**small, **changes})
+
+
+def tiny_argv(data: Path | str, out: Path | str, **changes) -> list[str]:
+    """The command line of `tiny`."""
+    argv = ["--preset", "demo"]
+    base, cfg = T.make_config("demo").flat(), tiny(data, out, **changes)
+    for name, value in cfg.flat().items():
+        if value != base[name]:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                argv += [f"--{flag}", str(value)]
+    return argv
+
+
+def read_log(run: Path | str, kind: str | None = None) -> list[dict]:
+    """The lines of RUN/run.jsonl, of one kind or all."""
+    lines = [json.loads(line) for line in (Path(run) / "run.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["t"])]
+
+
+def chain_breaks(run: Path | str) -> list[int]:
+    """Numbers of the lines whose hash is wrong, by DESIGN's words and not by RunLog's code."""
+    h, wrong = "", []
+    for i, line in enumerate((Path(run) / "run.jsonl").read_bytes().decode().splitlines()):
+        said = json.loads(line)["h"]
+        tail = f', "h": "{said}"}}'
+        if not line.endswith(tail):
+            return [*wrong, i]
+        bare = line[: -len(tail)] + "}"
+        h = hashlib.sha256((h + bare).encode()).hexdigest()[:16]
+        if h != said:
+            wrong.append(i)
+    return wrong
+
+
+def losses(run: Path | str) -> list[float]:
+    return [line["loss"] for line in read_log(run, "step")]
+
+
+def run_script(argv: list[str], env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """`python train_gpt.py ARGV` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *argv],
+        **{"capture_output": True, "text": True, "timeout": 240, **kwargs},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank: int, size: int, port: int, work, folder: str, args: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    result = work(*args)
+    torch.save(result, f"{folder}/rank{rank}.pt")
+    T.World(torch.device("cpu"), rank, size).close()
+
+
+def on_ranks(size: int, work, folder: Path, *args) -> list:
+    """What `work(*args)`, a function of a module, returns on each of `size` gloo processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(
+        _rank, (size, free_port(), work, str(folder), args), nprocs=size, join=True
+    )
+    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(size)]
+
+
