@@ -71,7 +71,7 @@ use() { # use GROUP...: -> $py with these groups of requirements.txt (+GROUP: ni
   if [ -t 2 ]; then quiet=; fi
   case $wanted in torch*) wheels=$("$py" "$root/data/doctor.py" --cpu-wheels) ;; esac
   "$py" -m pip install --disable-pip-version-check --retries 2 $quiet $wheels $wanted >&2 || true
-  wanted=$(missing --must "$@")
+  wanted=$(missing "$@" --must)
   if [ -n "$wanted" ]; then die "could not install" $wanted "for $py: is there a network?"; fi
   wanted=$(missing "$@")
   if [ -n "$wanted" ]; then say "could not install" $wanted "and goes on without"; fi
@@ -123,7 +123,9 @@ torchrun() { # torchrun FILE WORD...: it returns 1 whatever its workers return, 
   trap 'kill -TERM $job' TERM
   trap : INT # the terminal has told torchrun, too: wait until it has saved
   while wait $job; code=$? && kill -0 $job 2>/dev/null; do :; done
-  if [ "$said" -nt "$since" ]; then code=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$said"); fi
+  if [ -e "$said" ] && ! [ "$said" -ot "$since" ]; then # not one of a run before
+    code=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$said")
+  fi
   rm -f "$since"
   exit "${code:-1}"
 }
@@ -134,10 +136,11 @@ case ${1:-} in
 esac
 command=$1
 shift
+case $command.${1:-} in data.text) more=+data ;; data.fineweb*) more=+hub ;; *) more= ;; esac
 case $command in # a line here is a command: its groups, its file, and its purpose for --help
   speedrun) speedrun asked "$@" ;; # trains on FineWeb-Edu, or --data DIR, with the NVIDIA GPUs here
-  demo) go torch numpy +plot -- "${at}records/demo.py" "$@" ;; # two small models on a CPU, in minutes
-  data) go numpy +hub +data -- "${at}data/get.py" "$@" ;; # downloads tokens, or tokenises text
+  demo) go torch numpy +plot -- "${at}records/demo.py" "$@" ;; # two small models on a CPU, minutes
+  data) go numpy $more -- "${at}data/get.py" "$@" ;; # downloads tokens, or tokenises text
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
   doctor) go -- "${at}data/doctor.py" "$@" ;; # says what this machine has, and what would run
   test) cd "$root" && go $tested -- -m pytest -q -n auto --maxprocesses 8 "$@" ;; # runs the tests

@@ -127,7 +127,7 @@ class Stage:
     window: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.share:g}:{self.tokens}:{self.lr:g}:{self.window[0]}-{self.window[1]}"
+        return f"{self.share}:{self.tokens}:{self.lr}:{self.window[0]}-{self.window[1]}"
 
     @classmethod
     def parse(cls, text: str) -> Stage:
@@ -801,13 +801,18 @@ def dense_mask(docs: Tensor, window: Tensor) -> Tensor:
     return near & (docs[:, None, :, None] == docs[:, None, None, :])
 
 
-def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
-    """The same mask for FlexAttention; token-exact, built from document bounds, no T x T.
+@torch.library.custom_op("nca::block_lists", mutates_args=())
+def block_lists(docs: Tensor, window: Tensor) -> list[Tensor]:
+    """The lists of a BlockMask, from document bounds: no T x T.
 
-    docs [B, T] int32, never falling along a row; window [1 or H] int32, a tensor on the device, so
-    that a new window needs no new graph (record 13). A pair of blocks is `full` where no element
-    can be masked, `partial` where some can. Both sets are runs next to the diagonal, so the lists
-    follow from counts: sorting them, as create_block_mask does, took Triton minutes to compile.
+    docs [B, T] int32, never falling along a row; window [1 or H] int32. Returns, for partners
+    along KV and then along Q, counts and indices of the blocks that are `partial` (some elements
+    masked) and `full` (none): counts [B, 1 or H, T / BLOCK], indices [..., T / BLOCK], int32.
+
+    Both sets are runs next to the diagonal, so lists follow from counts; sorting them, as
+    create_block_mask does, took Triton minutes to compile. And this is a custom op, for its outputs
+    have plain strides: FlexAttention finds a row's counts by the stride of H even where H is 1, and
+    Inductor gave that dimension the stride 0, so that every row read the first row's blocks.
     """
     batch, length = docs.shape
     n = length // BLOCK
@@ -819,22 +824,36 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     whole = (last[:, :, None] == first[:, None, :])[:, None]
     seen = (back >= 0) & (back - BLOCK + 1 < w) & touch
     full = (back > 0) & (back + BLOCK - 1 < w) & whole & seen
+    at = i[:, None]  # a row's own block; i counts along its list
+    s, f = (t.sum(-1, dtype=torch.int32)[..., None] for t in (seen, full))
+    by_query = [  # partial: q - s + 1 ... q - f - 1, then q itself; full: q - f ... q - 1
+        (s - f)[..., 0],
+        torch.where(i < s - f - 1, at - s + 1 + i, at),
+        f[..., 0],
+        at - f + i,
+    ]
+    s, f = (t.sum(-2, dtype=torch.int32)[..., None] for t in (seen, full))
+    by_key = [  # partial: k itself, then k + f + 1 ... k + s - 1; full: k + 1 ... k + f
+        (s - f)[..., 0],
+        torch.where(i > 0, at + f + i, at),
+        f[..., 0],
+        (at + 1 + i).expand(*f.shape[:2], n, n),
+    ]
+    lists = [*by_query, *by_key]
+    indices = [t.clamp(0, n - 1) if t.ndim == 4 else t for t in lists]
+    return [t.clone(memory_format=torch.contiguous_format) for t in indices]
 
-    at = i[:, None]  # the row's own block, [rows, 1]; i counts along its list
 
-    def lists(axis: int) -> list[Tensor]:
-        """Counts and lists of partial, then full partners, along KV (-1) or along Q (-2)."""
-        s = seen.sum(axis, dtype=torch.int32)[..., None]
-        f = full.sum(axis, dtype=torch.int32)[..., None]
-        if axis == -1:  # partial: q - s + 1 ... q - f - 1, then q itself; full: q - f ... q - 1
-            partial = torch.where(i < s - f - 1, at - s + 1 + i, at)
-            inner = at - f + i
-        else:  # partial: k itself, then k + f + 1 ... k + s - 1; full: k + 1 ... k + f
-            partial = torch.where(i > 0, at + f + i, at)
-            inner = (at + 1 + i).expand_as(partial)
-        partial, inner = (t.clamp(0, n - 1).to(torch.int32).contiguous() for t in (partial, inner))
-        return [(s - f)[..., 0], partial, f[..., 0], inner]
+@block_lists.register_fake
+def _(docs, window):
+    n = docs.size(1) // BLOCK
+    counts = (docs.size(0), window.size(0), n)
+    return [docs.new_empty(shape) for _ in range(4) for shape in (counts, (*counts, n))]
 
+
+def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
+    """dense_mask for FlexAttention, token-exact. The window is a tensor on the device, so that a
+    new one needs no new graph (record 13)."""
     per_head = window.size(0) > 1
 
     def visible(b, h, q, kv):
@@ -842,12 +861,10 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         return (kv <= q) & (docs[b, q] == docs[b, kv]) & near
 
     fields = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    by_query = dict(zip(fields, lists(-1), strict=True))
-    by_key = {k.replace("kv", "q"): v for k, v in zip(fields, lists(-2), strict=True)}
+    fields += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
     return BlockMask(
-        seq_lengths=(length, length),
-        **by_query,
-        **by_key,
+        seq_lengths=(docs.size(1), docs.size(1)),
+        **dict(zip(fields, block_lists(docs, window), strict=True)),
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=visible,
     )
@@ -1037,6 +1054,9 @@ class Attention(nn.Module):
         self.o = Linear(cfg.d_model, self.arm.n_out, bias=cfg.bias, zero=True)
         self.gate = parameter((heads, 12), ("zeros",), "gate") if cfg.gate else None
         self.xsa = parameter((heads,), ("zeros",), "gate") if cfg.xsa else None
+        if getattr(self.arm, "head_windows", None) is not None:
+            caps = torch.tensor(self.arm.head_windows, dtype=torch.int32)
+            self.register_buffer("window_caps", caps, persistent=False)
 
     def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
         y, v = self.arm(x, ve, ctx)
@@ -1159,7 +1179,7 @@ class GPT(nn.Module):
             if key not in masks:
                 w = window[0 if key[0] else 1].view(1)
                 if caps is not None:
-                    w = torch.minimum(w, torch.tensor(caps, device=w.device, dtype=w.dtype))
+                    w = torch.minimum(w, block.attn.window_caps)
                 masks[key] = make(docs, w)
             out.append(Context(masks[key], rope, self.score_scale))
         return out

@@ -335,7 +335,7 @@ def count_gpus(asked: str, here: int) -> int:
 def run_folder(args: argparse.Namespace) -> Path:
     """Where the run's exit.json will be."""
     if not args.resume:
-        return Path(args.out or "runs") / args.run_id
+        return Path(args.out or "runs", args.run_id or "")
     given = Path(args.resume)  # a run, or one of its checkpoints
     return given.parents[1] if given.parent.name == "ckpt" else given
 
