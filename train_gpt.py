@@ -1900,12 +1900,15 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
     return state, meta
 
 
-def load_model(path: str | Path, device: str = "cpu", max_length: int = 8192) -> tuple[GPT, dict]:
-    """A trained GPT from a run or checkpoint folder, ready for `model.logits`; and its meta."""
+def load_model(
+    path: str | Path, device: str = "cpu", max_length: int = 8192, make: type[GPT] | None = None
+) -> tuple[GPT, dict]:
+    """A trained GPT (or variant, `make`) from a run or checkpoint folder, ready for `model.logits`;
+    and its meta."""
     state, meta = load_checkpoint(path)
     cfg = config_from_flat(meta["config"])
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = GPT(cfg.model, max_length, dtype)
+    model = (make or GPT)(cfg.model, max_length, dtype)
     model.load_state_dict(state["model"])
     return model.to(device).eval(), meta
 
@@ -1937,11 +1940,30 @@ def windows(long: int, device: torch.device) -> Tensor:
     return torch.tensor([long, max(BLOCK, long // 2 // BLOCK * BLOCK)]).int().to(device)
 
 
-class Trainer:
-    """A model, its optimizer, data and compiled graphs; `run` trains once from the start.
+class Clock:
+    """Training seconds: the device is drained wherever it starts or stops."""
 
-    After a run, `reset(seed, data_seed)` starts afresh in place, so that one compilation serves
-    many seeds. Raises InputError before any GPU work where the data cannot serve the schedule.
+    def __init__(self, world: World, seconds: float = 0.0):
+        self.world, self.seconds, self.mark = world, seconds, 0.0
+
+    def start(self) -> None:
+        self.world.synchronize()
+        self.mark = time.perf_counter()
+
+    def stop(self) -> None:
+        self.world.synchronize()
+        self.seconds = self.now()
+
+    def now(self) -> float:
+        return self.seconds + time.perf_counter() - self.mark
+
+
+class Trainer:
+    """A model, its optimizer, its data and its compiled graphs.
+
+    `run` trains once from the start; `reset(seed, data_seed)` then starts afresh in place, so that
+    one compilation serves many seeds. Raises InputError before any GPU work where the data cannot
+    serve the schedule.
     """
 
     def __init__(self, cfg: Config, hooks: Hooks | None = None, world: World | None = None):
@@ -1950,14 +1972,15 @@ class Trainer:
             raise InputError("; ".join(problems))
         self.hooks = hooks or Hooks()
         self.corpus = Corpus.open(cfg.data.data, cfg.data.dev)
-        self.cfg = cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
-        self.steps = plan_steps(cfg, self.budget())
+        self.cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
+        self.steps = plan_steps(self.cfg, self.budget())
         if not self.steps:
             raise InputError("too few tokens for one step: train on more text or smaller --stages")
         self.data_digests = self.corpus.check_digests()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
+        self.compile_s, self.warm, self.stop = 0.0, False, False
+        self.folder: Path | None = None
         self.set_up()
-        self.compile_s, self.warm, self.stop, self.resumed = 0.0, False, False, None
 
     def budget(self) -> int:
         """Tokens to train; refuses more than the text has (`passes` times)."""
@@ -1970,23 +1993,26 @@ class Trainer:
         return s.tokens or min(s.most_tokens, have * s.passes)
 
     def set_up(self) -> None:
-        cfg, world = self.cfg, self.world
-        auto = torch.bfloat16 if world.cuda else torch.float32
-        self.dtype = auto if cfg.run.dtype == "auto" else getattr(torch, cfg.run.dtype)
+        cfg, world, hooks = self.cfg, self.world, self.hooks
+
+        def dtype(name: str) -> torch.dtype:
+            auto = torch.bfloat16 if world.cuda else torch.float32
+            return auto if name == "auto" else getattr(torch, name)
+
+        self.dtype = dtype(cfg.run.dtype)
         length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
-        make = self.hooks.model or (lambda c, n, dtype: GPT(c.model, n, dtype))
+        make = hooks.model or (lambda cfg, length, dtype: GPT(cfg.model, length, dtype))
         self.model = make(cfg, length, self.dtype)
         init_parameters(self.model, cfg.run.seed)
         self.model.to(world.device)
-        make_optimizer = self.hooks.optimizer or (
-            lambda model, c, w: Optimizer(model, parameter_groups(c.optim), w)
-        )
-        self.optimizer = make_optimizer(self.model, cfg, world)
+        if hooks.optimizer is not None:
+            self.optimizer = hooks.optimizer(self.model, cfg, world)
+        else:
+            self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
-        muon = auto if cfg.optim.muon_dtype == "auto" else getattr(torch, cfg.optim.muon_dtype)
-        self.optimizer.muon_dtype = muon
-        compiled = cfg.run.compile
+        self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
         self.fp8 = cfg.run.fp8 and self.dtype == torch.bfloat16 and fp8_works(world.device)
+        compiled = cfg.run.compile
         self.head = Head(self.model.head, self.model.softcap, self.dtype, self.fp8, compiled)
         self.forward = self.model
         if compiled:
@@ -1998,9 +2024,7 @@ class Trainer:
         self.cfg = self.cfg.with_(seed=seed, data_seed=data_seed, run_id="")
         init_parameters(self.model, seed)
         self.optimizer.reset()
-        self.stop, self.resumed = False, None
-
-    # -- compilation, outside the clock
+        self.stop = False
 
     def warm_up(self) -> None:
         """Compiles and runs every graph that the run needs; after it a recompile is an error."""
@@ -2010,8 +2034,7 @@ class Trainer:
         dynamo = torch._dynamo.config
         dynamo.error_on_recompile = False
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
-        shapes = {self.call_shape(step.tokens) for step in self.steps}
-        for rows, row in sorted(shapes):
+        for rows, row in sorted({self.call_shape(step.tokens) for step in self.steps}):
             self.announce(f"training graph, {rows} x {row} tokens a call")
             step = dataclasses.replace(self.steps[0], tokens=rows * row * self.world.size)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
@@ -2028,365 +2051,374 @@ class Trainer:
             print(f"compiling: {what} ({process_age():.0f} s)", file=sys.stderr, flush=True)
 
     def call_shape(self, tokens: int) -> tuple[int, int]:
+        """(rows, tokens a row) of a kernel call in a step of so many tokens."""
         rows, row = step_rows(tokens, self.cfg.data.row_tokens)
         return micro_rows(rows // self.world.size, row, self.cfg.data.micro_batch_tokens), row
-
-    # -- one step
 
     def train_step(
         self, step: Step, batch: Batch, lr: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Forward, backward, update. Returns on-device ([sum of losses, stop flag] over all ranks,
-        gradient norm)."""
-        device = self.world.device
-        window = windows(step.window, device)
-        if self.hooks.loss_mask is not None:
-            batch.targets = batch.targets.masked_fill(~self.hooks.loss_mask(batch), -1)
+        """Forward, backward, update; nothing waits for the device. Returns, on it, ([mean loss,
+        ranks that want to stop], gradient norm), over all ranks."""
+        device, mask = self.world.device, self.hooks.loss_mask
         counted = torch.full((), float(step.tokens), device=device)
-        if self.hooks.loss_mask is not None:
-            counted = self.world.sum((batch.targets >= 0).sum().double().to(device)).float()
-        scale = LOSS_SCALE / counted.clamp(min=1)
+        if mask is not None:
+            batch.targets = batch.targets.masked_fill(~mask(batch), -1)
+            counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
+        window, scale = windows(step.window, device), LOSS_SCALE / counted
         total = torch.zeros(2, device=device)
-        total[1] += float(self.stop)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
-            losses, grad = self.head.backward(
-                h.detach().flatten(0, 1), part.targets.flatten(), scale
-            )
+            flat = h.detach().flatten(0, 1)
+            losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
             h.backward(grad.view_as(h))
-            total[0] += losses.sum()
-        total[0] /= counted
+            total[0] += losses.sum() / counted
+        total[1] += float(self.stop)
         norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum)
         return self.world.sum(total), norm / LOSS_SCALE
 
-    # -- validation
-
-    @torch.no_grad()
     def evaluate(self, split: str, long_window: int, calls: int = 0) -> dict:
-        """Loss on a split at one window, nats a token; bits a byte (nats of the targets that are text /
-        ln 2 / their bytes); loss by position in the document. `calls` limits it (warm-up)."""
-        d = self.cfg.data
-        cap = d.val_tokens if split == "val" else d.dev_tokens
-        total = min(cap, self.corpus.tokens(split) - 1)
-        stream = TokenStream(self.corpus.splits[split], self.corpus.eot)
-        device, window = self.world.device, windows(long_window, self.world.device)
-        edges = torch.tensor(EDGES, device=device)
-        kinds = len(EDGES) + 1
-        sums = torch.zeros(2, 2 * kinds, dtype=torch.float64, device=device)
-        size = torch.zeros((), dtype=torch.float64, device=device)
-        table = self.corpus.bytes_of
-        table = None if table is None else torch.from_numpy(table.astype(np.float64)).to(device)
-        number = math.ceil(total / d.val_call_tokens)
-        # In warm-up every rank evaluates, as ranks without a call now may have one later.
-        for call in range(calls) if calls else range(self.world.rank, number, self.world.size):
-            rows = d.val_call_tokens // d.val_row_tokens
-            start = call * d.val_call_tokens
-            batch = make_batch(stream, start, rows, d.val_row_tokens, total).to(device)
-            h = self.forward(batch.tokens, batch.docs, window)
-            targets = batch.targets.flatten()
-            losses = self.head.losses(h.flatten(0, 1), targets).double()
-            kind = torch.bucketize(batch.position.flatten(), edges, right=True)
-            kind += kinds * (targets == self.corpus.eot)
-            valid = (targets >= 0).double()
-            sums[0].index_add_(0, kind, losses)
-            sums[1].index_add_(0, kind, valid)
-            if table is not None:
-                size += (table[targets.clamp(min=0)] * valid).sum()
-        return self.metrics(self.world.sum(sums).cpu(), float(self.world.sum(size)), long_window)
-
-    @staticmethod
-    def metrics(sums: Tensor, size: float, window: int) -> dict:
-        """sums [nats | count, position x (text | end-of-text)] -> what the log holds."""
-        nats, count = sums.view(2, 2, -1)
-        names = [f"{a}-{b}" for a, b in zip((0, *EDGES), EDGES, strict=False)] + [f"{EDGES[-1]}-"]
-        by = (nats.sum(0) / count.sum(0)).tolist()
-        return {
-            "loss": float(nats.sum() / count.sum()),
-            "bpb": float(nats[0].sum() / math.log(2) / size) if size else None,
-            "targets": int(count.sum()),
-            "window": window,
-            "by_position": {n: v for n, v in zip(names, by, strict=True) if v == v},
-        }
-
-    def look(self, index: int, tokens: int, final: bool = False) -> dict:
-        """dev_loss at the present window; at the end also val, once, at two windows."""
-        window = self.steps[max(0, index - 1)].window
-        where = {"step": index, "tokens": tokens, "train_s": round(self.clock, 3)}
-        dev = self.evaluate("dev", window)
-        self.log.write("val", **where, split="dev", dev_loss=dev["loss"], **without(dev, "loss"))
-        self.log.say(f"step:{index}/{len(self.steps)} dev_loss:{dev['loss']:.4f}{bpb_text(dev)}")
-        out = {"dev_loss": dev["loss"], "dev_bpb": dev["bpb"]}
-        if final and self.cfg.run.final_val and self.corpus.splits.get("val"):
-            ext = self.cfg.schedule.ext_window or window
-            val = self.evaluate("val", window)
-            val_ext = self.evaluate("val", ext) if ext != window else val
-            out |= {"val_loss": val["loss"], "val_loss_ext": val_ext["loss"]}
-            out |= {"val_bpb": val_ext["bpb"]}
-            values = {**without(val_ext, "loss", "window"), "window": window, "ext_window": ext}
-            losses = {"val_loss": val["loss"], "val_loss_ext": val_ext["loss"]}
-            self.log.write("val", **where, split="val", **losses, **values)
-            self.log.say(
-                f"val_loss:{val['loss']:.4f} (window {window}) val_loss_ext:"
-                f"{val_ext['loss']:.4f} (window {ext}){bpb_text(val_ext)}"
-            )
-        if self.hooks.on_eval is not None:
-            self.hooks.on_eval(self, out)
-        return out
-
-    # -- the whole run
-
-    def run(self) -> dict:
-        """Trains from the start, or from --resume; returns the figures of the `end` line and the
-        last losses. Raises NonFinite, InputError; SystemExit(75) after a signal."""
-        self.warm_up()
-        start = self.resume() if self.cfg.run.resume else self.begin()
-        self.clock, self.mark, self.pending = getattr(self, "clock", 0.0), None, []
-        gc.collect()
-        trained = self.steps[-1].start + self.steps[-1].tokens  # where nothing is left to train
-        looks = self.look_steps()
-        batches = self.hooks.batches or self.default_batches
-        energy = joules(self.world)
-        self.start_clock()
-        for step, batch in zip(
-            self.steps[start:], batches(self.steps[start:], self.cfg, self.world), strict=True
-        ):
-            self.pending.append(self.launch(step, batch))
-            self.settle(keep=1 if self.world.cuda else 0)
-            done, trained = step.index + 1, step.start + step.tokens
-            if self.hooks.after_step is not None:
-                self.hooks.after_step(self, step)
-            if done in looks:
-                with self.paused():
-                    self.look(done, trained)
-            every = self.cfg.run.save_every  # after the look, or a resumed run would lack it
-            if every and done % every == 0 and done < len(self.steps):
-                with self.paused():
-                    self.save(done)
-            if self.stopping:
-                with self.paused():
-                    where = self.save(done)
-                self.finish("signal", energy, trained)
-                self.log.say(f"stopped by a signal; saved {where}; go on with --resume")
-                raise SystemExit(EXIT_CODES["signal"])
-        self.settle(keep=0)
-        self.stop_clock()
-        if self.cfg.run.save_final:
-            self.save(len(self.steps))
-        final = self.look(len(self.steps), trained, final=True)
-        return {**final, **self.finish("done", energy, trained)}
+        """See the function of the same name; `calls` limits it (warm-up)."""
+        return evaluate(self, split, long_window, calls)
 
     def default_batches(self, steps: list[Step], cfg: Config, world: World) -> Iterator[Batch]:
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot, cfg.data.data_seed)
         return train_batches(stream, steps, cfg, world)
 
-    def look_steps(self) -> set[int]:
-        n, looks = len(self.steps), self.cfg.run.looks
-        return {round(n * (i + 1) / looks) for i in range(looks)} - {n, 0} if looks else set()
+    def run(self) -> dict:
+        """Trains from the start, or from --resume, and returns the figures of the `end` line with
+        the last losses. Raises NonFinite, InputError; SystemExit(75) after a signal."""
+        self.warm_up()
+        return Run(self).train()
 
-    # -- the clock: training only; validation, saving and compiling stand outside
 
-    def start_clock(self) -> None:
-        self.world.synchronize()
-        self.mark = time.perf_counter()
+@torch.no_grad()
+def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> dict:
+    """Loss on a split at one window, nats a token (DESIGN 'Validation').
 
-    def stop_clock(self) -> None:
-        self.world.synchronize()
-        self.clock += time.perf_counter() - self.mark
+    Targets are tokens 1 to n of the split in rows of val_row_tokens; attention stays within the
+    document. bpb: nats of the targets that are text / ln 2 / their bytes. by_position: loss by
+    position in the document. Ranks share the calls; every rank returns the same.
+    """
+    d, world, corpus = trainer.cfg.data, trainer.world, trainer.corpus
+    total = min(d.val_tokens if split == "val" else d.dev_tokens, corpus.tokens(split) - 1)
+    stream = TokenStream(corpus.splits[split], corpus.eot)
+    window, edges = windows(long_window, world.device), torch.tensor(EDGES, device=world.device)
+    kinds, rows = len(EDGES) + 1, d.val_call_tokens // d.val_row_tokens
+    sums = torch.zeros(3, 2 * kinds, dtype=torch.float64, device=world.device)
+    bytes_of = corpus.bytes_of if corpus.bytes_of is not None else np.zeros(padded(corpus.vocab))
+    table = torch.from_numpy(bytes_of.astype(np.float64)).to(world.device)
+    number = math.ceil(total / d.val_call_tokens)
+    for call in range(world.rank, min(number, calls or number), world.size):
+        start = call * d.val_call_tokens
+        batch = make_batch(stream, start, rows, d.val_row_tokens, total).to(world.device)
+        h = trainer.forward(batch.tokens, batch.docs, window)
+        targets = batch.targets.flatten()
+        losses = trainer.head.losses(h.flatten(0, 1), targets).double()
+        valid = (targets >= 0).double()
+        kind = torch.bucketize(batch.position.flatten(), edges, right=True)
+        kind += kinds * (targets == corpus.eot)
+        for row, values in zip(
+            sums, (losses, valid, table[targets.clamp(min=0)] * valid), strict=True
+        ):
+            row.index_add_(0, kind, values)
+    nats, count, size = world.sum(sums).cpu().view(3, 2, kinds)
+    names = [f"{a}-{b}" for a, b in zip((0, *EDGES), (*EDGES, ""), strict=True)]
+    by_position = zip(names, (nats.sum(0) / count.sum(0)).tolist(), strict=True)
+    text_bytes = float(size.sum())
+    return {
+        "loss": float(nats.sum() / count.sum()),
+        "bpb": float(nats[0].sum()) / math.log(2) / text_bytes if text_bytes else None,
+        "targets": int(count.sum()),
+        "window": long_window,
+        "by_position": {name: value for name, value in by_position if value == value},
+    }
 
-    @contextlib.contextmanager
-    def paused(self):
-        self.settle(keep=0)
-        self.stop_clock()
-        yield
-        self.start_clock()
 
-    def launch(self, step: Step, batch: Batch) -> tuple:
-        """Queues a step; its figures travel to pinned memory and are read when it has ended."""
+class Reporter:
+    """Reads a step's figures once the device has finished it, checks and logs them."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock, peak: float | None):
+        self.log, self.clock, self.peak = log, clock, peak
+        self.world, self.total = trainer.world, len(trainer.steps)
+        base = flops_per_token(trainer.model, 0, 0)
+        slopes = [flops_per_token(trainer.model, *keys) - base for keys in ((1, 0), (0, 1))]
+        self.flops = (base, *slopes)  # linear in the mean keys of long and short layers
+        self.waiting: list[tuple] = []
+        self.last, self.stopping = clock.seconds, False
+
+    def push(self, step: Step, batch: Batch, figures: tuple[Tensor, Tensor]) -> None:
+        """Queues a step that was launched; the one before it is read meanwhile."""
         keys = [batch.mean_keys(int(w)) for w in windows(step.window, torch.device("cpu"))]
-        total, norm = self.train_step(step, batch)
-        figures = torch.cat([total, norm.view(1)])
-        if not self.world.cuda:
-            return step, figures, None, keys
-        host = torch.empty(3, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return step, host, event, keys
+        values, event = torch.cat([figures[0], figures[1].view(1)]), None
+        if self.world.cuda:
+            host = torch.empty(3, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            values, event = host, torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, values, event, keys))
+        self.settle(keep=1 if self.world.cuda else 0)
 
-    def settle(self, keep: int) -> None:
-        """Logs steps that have ended, all but the newest `keep`; the GPU never waits for it."""
-        while len(self.pending) > keep:
-            step, figures, event, keys = self.pending.pop(0)
+    def settle(self, keep: int = 0) -> None:
+        while len(self.waiting) > keep:
+            step, values, event, keys = self.waiting.pop(0)
             if event is not None:
                 event.synchronize()
-            loss, stop, norm = figures.tolist()
-            now = self.clock + time.perf_counter() - self.mark
-            ms, self.last = 1000 * (now - self.last), now
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                self.log.event(
-                    "non-finite", f"loss {loss}, gradient norm {norm}: step {step.index}"
-                )
-                raise NonFinite(f"step {step.index}: loss {loss}, gradient norm {norm}")
+            loss, stop, norm = values.tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}"
+                self.log.event("non-finite", text)
+                raise NonFinite(text)
             self.stopping = self.stopping or stop > 0
-            self.report(step, loss, norm, ms, now, keys)
+            self.report(step, loss, norm, keys)
 
-    def report(self, step: Step, loss: float, norm: float, ms: float, now: float, keys) -> None:
-        rate = step.tokens / ms * 1000
-        flops = flops_per_token(self.model, *keys)
-        mfu = None
-        if self.peak:
-            mfu = flops * rate / (self.peak * self.world.size)
-        n = len(self.steps)
+    def report(self, step: Step, loss: float, norm: float, keys: list[float]) -> None:
+        now = self.clock.now()
+        ms, self.last = 1000 * (now - self.last), now
+        rate, done = step.tokens / ms * 1000, step.index + 1
+        flops = self.flops[0] + self.flops[1] * keys[0] + self.flops[2] * keys[1]
+        mfu = flops * rate / (self.peak * self.world.size) if self.peak else None
         self.log.write(
             "step",
-            **{"step": step.index + 1, "loss": round(loss, 6), "tokens": step.start + step.tokens},
-            **{"train_s": round(now, 4), "ms": round(ms, 3), "stage": step.stage},
-            **{"lr": round(step.lr, 6), "window": step.window, "grad_norm": round(norm, 8)},
-            **{"mfu": mfu and round(mfu, 4)},
+            step=done,
+            loss=round(loss, 6),
+            tokens=step.start + step.tokens,
+            train_s=round(now, 4),
+            ms=round(ms, 3),
+            stage=step.stage,
+            lr=round(step.lr, 6),
+            window=step.window,
+            grad_norm=float(f"{norm:.6g}"),
+            mfu=mfu and round(mfu, 4),
         )
-        text = (
-            f"step:{step.index + 1}/{n} loss:{loss:.4f} train_s:{now:.2f} ms:{ms:.1f} "
+        self.log.say(
+            f"step:{done}/{self.total} loss:{loss:.4f} train_s:{now:.2f} ms:{ms:.1f} "
             f"tok/s:{rate:,.0f} lr:{step.lr:.3f} window:{step.window} norm:{norm:.3g}"
             + (f" mfu:{mfu:.1%}" if mfu else "")
         )
-        self.log.say(text)
-        left = (now / (step.index + 1)) * (n - step.index - 1)
-        self.log.progress(step.index + 1, n, f"{step.index + 1}/{n} loss {loss:.3f}, {left:.0f} s")
+        left = now / done * (self.total - done)
+        self.log.progress(done, self.total, f"{done}/{self.total} loss {loss:.3f}, {left:.0f} s")
 
-    # -- start, save, resume, end
 
-    def open_log(self, run_id: str) -> None:
-        self.folder = Path(self.cfg.run.out) / run_id
-        self.log = RunLog(self.folder, self.world.main)
-        self.last, self.stopping, self.clock = 0.0, False, 0.0
+class Run:
+    """One training run of a Trainer: its folder, log, clock, checkpoints and looks."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
+        self.steps, self.hooks = trainer.steps, trainer.hooks
         self.env = machine(self.world)
         self.peak = peak_flops(self.env)
+        self.clock, self.first = Clock(self.world), 0
+        if self.cfg.run.resume:
+            self.resume()
+        else:
+            self.begin()
+        self.reporter = Reporter(trainer, self.log, self.clock, self.peak)
+        self.energy = joules(self.world)
 
-    def begin(self) -> int:
-        cfg = self.cfg
-        run_id = cfg.run.run_id
+    def train(self) -> dict:
+        n, steps = len(self.steps), self.steps[self.first :]
+        looks = {round(n * (i + 1) / self.cfg.run.looks) for i in range(self.cfg.run.looks)} - {n}
+        every = self.cfg.run.save_every
+        batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
+        gc.collect()
+        self.clock.start()
+        for step, batch in zip(steps, batches, strict=True):
+            self.reporter.push(step, batch, self.trainer.train_step(step, batch))
+            done = step.index + 1
+            if self.hooks.after_step is not None:
+                self.hooks.after_step(self.trainer, step)
+            if every and done % every == 0 and done < n:
+                with self.paused():
+                    self.save(done)
+            if done in looks:
+                with self.paused():
+                    self.look(done)
+            if self.reporter.stopping:
+                self.stop_on_signal(done)
+        self.reporter.settle()
+        self.clock.stop()
+        if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
+            self.save(n)
+        return {**self.look(n, final=True), **self.finish("done", n)}
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.reporter.settle()
+        self.clock.stop()
+        yield
+        self.clock.start()
+
+    def stop_on_signal(self, done: int) -> None:
+        self.reporter.settle()
+        self.clock.stop()
+        where = self.save(done)
+        self.finish("signal", done)
+        self.log.say(f"stopped by a signal; saved {where}; go on with --resume {self.folder}")
+        raise SystemExit(EXIT_CODES["signal"])
+
+    def look(self, done: int, final: bool = False) -> dict:
+        """dev_loss at the present window; at the end also val, once, at two windows."""
+        at = self.steps[done - 1]
+        where = {"step": done, "tokens": at.start + at.tokens}
+        where["train_s"] = round(self.clock.seconds, 3)
+        dev = self.trainer.evaluate("dev", at.window)
+        out = {"dev_loss": dev.pop("loss"), "dev_bpb": dev["bpb"]}
+        self.log.write("val", **where, split="dev", dev_loss=out["dev_loss"], **dev)
+        self.log.say(f"step:{done}/{len(self.steps)} dev_loss:{out['dev_loss']:.4f}{bpb_text(dev)}")
+        if final and self.cfg.run.final_val and self.trainer.corpus.splits.get("val"):
+            wide = self.cfg.schedule.ext_window or at.window
+            val = self.trainer.evaluate("val", at.window)
+            ext = self.trainer.evaluate("val", wide) if wide != at.window else dict(val)
+            losses = {"val_loss": val["loss"], "val_loss_ext": ext.pop("loss")}
+            ext |= {"window": at.window, "ext_window": wide}
+            self.log.write("val", **where, split="val", **losses, **ext)
+            self.log.say(
+                f"val_loss:{losses['val_loss']:.4f} (window {at.window}) val_loss_ext:"
+                f"{losses['val_loss_ext']:.4f} (window {wide}){bpb_text(ext)}"
+            )
+            out |= {**losses, "val_bpb": ext["bpb"]}
+        if self.hooks.on_eval is not None:
+            self.hooks.on_eval(self.trainer, out)
+        return out
+
+    def open_log(self, folder: Path) -> None:
+        self.folder = self.trainer.folder = folder
+        self.log = RunLog(folder, self.world.main)
+
+    def begin(self) -> None:
+        cfg, run_id = self.cfg, self.cfg.run.run_id
         if not run_id:
-            arm = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm)
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            run_id = f"{stamp}_{cfg.preset}_{arm}_s{cfg.run.seed}"
+            arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
+            box = [f"{stamp}_{cfg.preset}_{arm}_s{cfg.run.seed}"]
             if self.world.size > 1:
-                box = [run_id]
                 dist.broadcast_object_list(box)
-                run_id = box[0]
+            run_id = box[0]
         folder = Path(cfg.run.out) / run_id
-        if self.world.main and (folder / "run.jsonl").exists():
+        if (folder / "run.jsonl").exists():
             raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
-        self.open_log(run_id)
-        self.write_header()
-        return 0
+        self.world.barrier()
+        self.open_log(folder)
+        header = self.header()
+        self.log.write("header", **header)
+        params, size = header["params"], self.world.size
+        shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
+        calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
+        self.log.say(
+            f"run {folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
+            f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
+            f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
+            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
+            f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
+            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
+            f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
+            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
+        )
+        if cfg.run.fp8 and not header["fp8"] and self.world.cuda:
+            self.log.event("fallback", "no FP8 here: the head runs in the activations' dtype")
 
-    def write_header(self) -> None:
-        cfg, last = self.cfg, self.steps[-1]
-        params = count_parameters(self.model)
-        have = self.corpus.tokens("train")
-        trained = last.start + last.tokens
-        arm = parse_arm(cfg.model.arm)[0]
-        sources = {"trainer": sha256(Path(__file__))}
+    def header(self) -> dict:
+        """What a reader needs to know of a run (DESIGN 'Run')."""
+        cfg, trainer, last = self.cfg, self.trainer, self.steps[-1]
+        have, trained = trainer.corpus.tokens("train"), last.start + last.tokens
+        sources, arm = {"trainer": sha256(Path(__file__))}, parse_arm(cfg.model.arm)[0]
         if ".py:" in arm:
             sources["arm"] = sha256(Path(arm.rpartition(":")[0]))
-        shapes = sorted({(s.tokens, *self.call_shape(s.tokens)) for s in self.steps})
-        flops = flops_per_token(
-            self.model, last.window, windows(last.window, torch.device("cpu"))[1]
-        )
-        self.log.write(
-            "header",
-            **{"schema": SCHEMA, "run_id": self.folder.name, "arm": cfg.model.arm},
-            **{"preset": cfg.preset, "track": cfg.run.track, "seed": cfg.run.seed},
-            **{"data_seed": cfg.data.data_seed, "argv": sys.argv, "config": cfg.flat()},
-            **{"source_sha256": sources, "git": git_state(), "env": self.env},
-            **{"data": self.data_digests, "params": params, "flops_per_token": float(flops)},
-            **{"peak_flops": self.peak, "world": self.world.size, "fp8": self.fp8},
-            **{"dtype": str(self.dtype)[6:], "compile_s": round(self.compile_s, 2)},
-            **{"steps": len(self.steps), "tokens": trained, "distinct": min(trained, have)},
-            **{"repeated": max(0, trained - have)},
-        )
-        self.log.say(
-            f"run {self.folder}: arm {cfg.model.arm}, preset {cfg.preset}, "
-            f"{self.world.size} x {self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
-            f"{'FP8' if self.fp8 else str(self.dtype)[6:]}, warm-up {self.compile_s:.1f} s"
-        )
-        self.log.say(
-            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
-            f"attention, {params['stored']:,} stored; {flops / 1e9:.3f} GFLOP a token with full "
-            f"windows; peak {self.peak and self.peak / 1e12} TFLOP/s"
-        )
-        calls = ", ".join(f"{t}: {t // (r * w)} x {r} x {w}" for t, r, w in shapes)
-        self.log.say(
-            f"{len(self.steps)} steps, {trained:,} tokens ({min(trained, have):,} distinct); tokens "
-            f"a step: calls x rows x tokens on {self.world.size} rank(s): {calls}"
-        )
-        wanted = cfg.run.fp8 and self.dtype == torch.bfloat16 and self.world.cuda
-        if wanted and not self.fp8:
-            self.log.event("fallback", "this GPU does not multiply FP8: the head runs in BF16")
+        keys = windows(last.window, torch.device("cpu")).tolist()
+        return {
+            "schema": SCHEMA,
+            "run_id": self.folder.name,
+            "arm": cfg.model.arm,
+            "preset": cfg.preset,
+            "track": cfg.run.track,
+            "seed": cfg.run.seed,
+            "data_seed": cfg.data.data_seed,
+            "argv": sys.argv,
+            "config": cfg.flat(),
+            "source_sha256": sources,
+            "git": git_state(),
+            "env": self.env,
+            "data": trainer.data_digests,
+            "params": count_parameters(trainer.model),
+            "flops_per_token": float(flops_per_token(trainer.model, *keys)),
+            "peak_flops": self.peak,
+            "world": self.world.size,
+            "fp8": trainer.fp8,
+            "dtype": str(trainer.dtype).removeprefix("torch."),
+            "compile_s": round(trainer.compile_s, 2),
+            "steps": len(self.steps),
+            "tokens": trained,
+            "distinct": min(trained, have),
+            "repeated": max(0, trained - have),
+        }
 
-    def save(self, step: int) -> Path | None:
-        """A checkpoint after `step` steps; collective."""
-        optimizer = self.optimizer.state_dict()
+    def save(self, done: int) -> Path | None:
+        """A checkpoint after `done` steps; collective."""
+        optimizer = self.trainer.optimizer.state_dict()
         if not self.world.main:
             return None
-        model = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+        model = {k: v.detach().cpu().clone() for k, v in self.trainer.model.state_dict().items()}
         state = {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state()}
-        at = self.steps[step - 1]
+        at = self.steps[done - 1]
         meta = {
-            **{"schema": SCHEMA, "step": step, "tokens": at.start + at.tokens},
-            **{"train_s": self.clock, "window": at.window, "config": self.cfg.flat()},
-            **{"log": self.log.offsets(), "h": self.log.h, "arm": self.cfg.model.arm},
+            "schema": SCHEMA,
+            "step": done,
+            "tokens": at.start + at.tokens,
+            "train_s": self.clock.seconds,
+            "window": at.window,
+            "arm": self.cfg.model.arm,
+            "config": self.cfg.flat(),
+            "log": self.log.offsets(),
+            "h": self.log.h,
         }
         path = save_checkpoint(self.folder / "ckpt", state, meta, self.cfg.run.keep)
         self.log.say(f"saved {path}")
         return path
 
-    def resume(self) -> int:
-        """Loads --resume, cuts the logs back to it, returns the next step's index."""
+    def resume(self) -> None:
+        """Loads --resume and cuts the logs back to it; refuses other settings."""
         path = find_checkpoint(self.cfg.run.resume)
         state, meta = load_checkpoint(path)
-        free = {"resume", "run_id", "out", "looks", "save_every", "save_final", "keep", "data"}
-        free |= {"micro_batch_tokens", "final_val", "device"}
+        free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"} - {"seed"}
         mine, saved = self.cfg.flat(), meta["config"]
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:
             said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
             raise InputError(f"{path} was saved with other settings: {said}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.trainer.model.load_state_dict(state["model"])
+        self.trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        self.cfg = self.cfg.with_(out=str(path.parents[2]), run_id=path.parents[1].name)
-        self.open_log(self.cfg.run.run_id)
+        self.open_log(path.parents[1])
         self.log.truncate(meta["log"], meta["h"])
         self.log.event("resume", f"from {path} at step {meta['step']}")
-        self.clock = self.last = meta["train_s"]
-        return meta["step"]
+        self.clock, self.first = Clock(self.world, meta["train_s"]), meta["step"]
 
-    def finish(self, status: str, energy: float | None, tokens: int) -> dict:
-        after = joules(self.world)
-        cuda = self.world.cuda
+    def finish(self, status: str, done: int) -> dict:
+        after, at = joules(self.world), self.steps[done - 1]
+        cuda, seconds, tokens = self.world.cuda, self.clock.seconds, at.start + at.tokens
+        spent = None if after is None or self.energy is None else after - self.energy
         end = {
-            **{"status": status, "code": EXIT_CODES[status], "train_s": round(self.clock, 3)},
-            **{"compile_s": round(self.compile_s, 2), "door_s": round(process_age(), 2)},
-            **{"tokens": tokens, "tokens_per_s": round(tokens / max(1e-9, self.clock), 1)},
+            "status": status,
+            "code": EXIT_CODES[status],
+            "train_s": round(seconds, 3),
+            "compile_s": round(self.trainer.compile_s, 2),
+            "door_s": round(process_age(), 2),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / max(1e-9, seconds), 1),
             "peak_alloc": torch.cuda.max_memory_allocated() if cuda else None,
             "peak_reserved": torch.cuda.max_memory_reserved() if cuda else None,
-            "joules": after - energy if energy is not None and after is not None else None,
+            "joules": spent,
         }
         self.log.write("end", **end)
         memory = f", peak {end['peak_alloc'] / 1e9:.2f} GB" if cuda else ""
         self.log.say(
-            f"{status}: {end['train_s']:.2f} s of training, {end['tokens_per_s']:,.0f} tokens/s, "
+            f"{status}: {seconds:.2f} s of training, {end['tokens_per_s']:,.0f} tokens/s, "
             f"door to loss {end['door_s']:.1f} s{memory}"
         )
         return {**end, "run": str(self.folder)}
-
-
-def without(d: dict, *keys: str) -> dict:
-    return {k: v for k, v in d.items() if k not in keys}
 
 
 def bpb_text(result: dict) -> str:
@@ -2395,10 +2427,8 @@ def bpb_text(result: dict) -> str:
 
 def configure_compiler() -> None:
     """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = 64
-    dynamo.fail_on_recompile_limit_hit = True
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def train(cfg: Config, *, hooks: Hooks | None = None) -> dict:
@@ -2414,6 +2444,8 @@ def write_exit(folder: Path | None, code: int, reason: str) -> None:
 
 def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
     """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
+    # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     trainer = None
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
@@ -2427,7 +2459,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     except NonFinite as e:
         code, reason = EXIT_CODES["non-finite"], str(e)
     except torch.OutOfMemoryError:
-        half = max(1, trainer.cfg.data.micro_batch_tokens // 2 if trainer else 0)
+        half = max(1, trainer.cfg.data.micro_batch_tokens // 2) if trainer else 32_768
         code = EXIT_CODES["memory"]
         reason = f"out of GPU memory: run again with --micro-batch-tokens {half}"
     except SystemExit as e:

@@ -1,0 +1,1 @@
+"""Using a checkpoint: this room makes text, numbers and pictures of trained models."""

@@ -1,0 +1,216 @@
+"""Writes text with a trained model: a run folder, or one of its checkpoints.
+
+    python evals/sample.py RUN --prompt "Returns the" --tokens 200 --temperature 0.8 --top-k 50
+
+The text starts a document: end-of-text, then the prompt; it ends with the document, or after
+--tokens. Each token costs a whole forward pass, as there is no key-value cache yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+if not __package__:  # run as a file: its own folder is on the path, not the one above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import train_gpt as T
+from data import encode, shards
+
+TOKENIZERS = {257: "bytes", 50_257: "gpt2"}  # by the vocabulary's size
+
+
+# ---- Tokens -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0: the likeliest; top_k 0: among all tokens.
+
+    context: tokens that the model is shown, the last ones (0: as many as it was trained on).
+    end: stop at end-of-text; otherwise that token is never drawn.
+    """
+
+    tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+    context: int = 0
+    end: bool = True
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise T.InputError(f"--tokens {self.tokens}: ask for 1 or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise T.InputError(f"--temperature {self.temperature}: 0 or more")
+        if self.top_k < 0 or self.context < 0:
+            raise T.InputError("--top-k and --context are 0 or more")
+
+
+def trained_context(meta: dict) -> int:
+    """Tokens of context that the checkpoint has met: its row, or less where its window is."""
+    return min(int(meta["config"]["row_tokens"]), int(meta["window"]))
+
+
+def next_token(logits: torch.Tensor, how: Sampling, gen: torch.Generator) -> int:
+    """Draws from logits [V], fp32, on the CPU."""
+    if how.temperature == 0:
+        return int(logits.argmax())
+    if 0 < how.top_k < logits.numel():
+        least = logits.topk(how.top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    chances = torch.softmax(logits / how.temperature, 0)
+    return int(torch.multinomial(chances, 1, generator=gen))
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module, meta: dict, prompt_ids: list[int], eot: int, how: Sampling
+) -> Iterator[int]:
+    """Yields the tokens after `prompt_ids`, one by one; end-of-text itself is never yielded.
+
+    `model` and `meta` as `load` gives them. The model sees the last `context` tokens at the
+    checkpoint's own window. The same seed gives the same tokens on the same machine.
+    """
+    device = model.head.device
+    most = how.context or trained_context(meta)
+    window = T.windows(int(meta["window"]), device)
+    gen = torch.Generator().manual_seed(how.seed)
+    ids = list(prompt_ids) or [eot]
+    for _ in range(how.tokens):
+        shown = torch.tensor([ids[-most:]], dtype=torch.int32, device=device)
+        h = model(shown, torch.zeros_like(shown), window)[:, -1]
+        z = h @ model.head.to(h.dtype).t()
+        logits = T.softcap(z, model.softcap)[0, : model.cfg.vocab].cpu()
+        if not how.end:
+            logits[eot] = -math.inf
+        token = next_token(logits, how, gen)
+        if token == eot:
+            return
+        ids.append(token)
+        yield token
+
+
+def generate(model: nn.Module, meta: dict, prompt_ids: list[int], eot: int, **how) -> list[int]:
+    """All tokens that `stream` yields; `how`: fields of Sampling."""
+    return list(stream(model, meta, prompt_ids, eot, Sampling(**how)))
+
+
+# ---- Models and text ----------------------------------------------------------------------------
+
+
+def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Module, dict]:
+    """(model, meta) of a run or checkpoint folder, train_gpt.py's or variants/gpt2.py's, ready for
+    `stream`; InputError where it is none."""
+    make, meta = None, T.load_meta(path)
+    if meta["config"].get("preset") == "gpt2":
+        from variants import gpt2
+
+        make = gpt2.GPT2
+        if context > gpt2.BLOCK_SIZE:
+            raise T.InputError(f"--context {context}: this model has {gpt2.BLOCK_SIZE} positions")
+    length = max(context, trained_context(meta))
+    try:
+        model, meta = T.load_model(path, device, length, make)
+    except RuntimeError as e:  # a parameter too many, or of another shape
+        raise T.InputError(f"{path} does not fit its model: {str(e).splitlines()[0]}") from None
+    model.flex = False  # lengths grow token by token: one dense mask each, and nothing to compile
+    return model, meta
+
+
+def tokenizer_of(meta: dict, name: str = "") -> encode.Tokenizer:
+    """The tokenizer that a checkpoint was trained with. `name`: a tiktoken file, where it cannot be
+    fetched or is not GPT-2's. InputError if it is not there, or another one."""
+    size = int(meta["config"]["vocab"])
+    if not name and size not in TOKENIZERS:
+        raise T.InputError(f"a vocabulary of {size} tokens is not known here: give --tokenizer FILE")
+    tokenizer = encode.load_tokenizer(name or TOKENIZERS[size])
+    if tokenizer.vocab.size != size:
+        raise T.InputError(
+            f"--tokenizer {name} has {tokenizer.vocab.size} tokens, the model {size}"
+        )
+    return tokenizer
+
+
+def token_pieces(tokenizer: encode.Tokenizer) -> list[bytes]:
+    """The bytes that each token stands for; end-of-text stands for none."""
+    if tokenizer.ranks is None:
+        return [bytes([i]) for i in range(256)] + [b""]
+    pieces = [b""] * tokenizer.vocab.size
+    for piece, rank in tokenizer.ranks.items():
+        pieces[rank] = piece
+    return pieces
+
+
+def write(model: nn.Module, meta: dict, tokenizer: encode.Tokenizer, prompt: str, how: Sampling):
+    """Yields text, piece by piece, the prompt first; broken UTF-8 becomes U+FFFD."""
+    ids = tokenizer.encoder()([prompt]).tokens.tolist()
+    pieces = token_pieces(tokenizer)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield prompt
+    for token in stream(model, meta, ids, tokenizer.vocab.eot, how):
+        yield decoder.decode(pieces[token])
+    yield decoder.decode(b"", True)
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sample", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder, or a checkpoint in it (ckpt/step_*)")
+    add("--prompt", default="", metavar="TEXT", help="how the text starts (nothing)")
+    add("--tokens", type=int, default=200, metavar="N", help="tokens to write at most (200)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (0.8)")
+    add("--top-k", type=int, default=50, metavar="K", help="draw among the K likeliest; 0: all (50)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed, another text (0)")
+    add(
+        "--context",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens shown to the model, the last ones (0: as many as it was trained on)",
+    )
+    add(
+        "--tokenizer",
+        default="",
+        metavar="FILE",
+        help="gpt2.tiktoken, where it cannot be fetched; not needed for bytes",
+    )
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the text; 2 for bad input, with one sentence."""
+    args = parse(argv)
+    try:
+        fields = ("tokens", "temperature", "top_k", "seed", "context")
+        how = Sampling(**{name: getattr(args, name) for name in fields})
+        device = T.World.start(args.device).device.type
+        model, meta = load(args.model, device, args.context)
+        tokenizer = tokenizer_of(meta, args.tokenizer)
+        for text in write(model, meta, tokenizer, args.prompt, how):
+            print(text, end="", flush=True)
+        print()
+    except (T.InputError, shards.InputError) as e:
+        print(f"sample: {e}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Other models, one small file each, run by train_gpt.py's loop."""
