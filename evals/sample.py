@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -107,11 +108,24 @@ def generate(model: nn.Module, meta: dict, prompt_ids: list[int], eot: int, **ho
 # ---- Models and text ----------------------------------------------------------------------------
 
 
+def meta_of(path: str | Path) -> dict:
+    """meta.json of a run or checkpoint folder; InputError where it lacks what sampling needs."""
+    file = T.find_checkpoint(path) / "meta.json"
+    try:
+        meta = json.loads(file.read_text())
+        for key in ("preset", "vocab", "row_tokens"):
+            meta["config"][key]
+        meta["window"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise T.InputError(f"{file} is damaged: {e!r}") from None
+    return meta
+
+
 def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Module, dict]:
     """(model, meta) of a run or checkpoint folder, train_gpt.py's or variants/gpt2.py's, ready for
     `stream`; InputError where it is none."""
-    make, meta = None, T.load_meta(path)
-    if meta["config"].get("preset") == "gpt2":
+    make, meta = None, meta_of(path)
+    if meta["config"]["preset"] == "gpt2":
         from variants import gpt2
 
         make = gpt2.GPT2
@@ -131,7 +145,7 @@ def tokenizer_of(meta: dict, name: str = "") -> encode.Tokenizer:
     fetched or is not GPT-2's. InputError if it is not there, or another one."""
     size = int(meta["config"]["vocab"])
     if not name and size not in TOKENIZERS:
-        raise T.InputError(f"a vocabulary of {size} tokens is not known here: give --tokenizer FILE")
+        raise T.InputError(f"{size} tokens are an unknown vocabulary: give --tokenizer FILE")
     tokenizer = encode.load_tokenizer(name or TOKENIZERS[size])
     if tokenizer.vocab.size != size:
         raise T.InputError(
@@ -173,7 +187,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", default="", metavar="TEXT", help="how the text starts (nothing)")
     add("--tokens", type=int, default=200, metavar="N", help="tokens to write at most (200)")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (0.8)")
-    add("--top-k", type=int, default=50, metavar="K", help="draw among the K likeliest; 0: all (50)")
+    add(
+        "--top-k", type=int, default=50, metavar="K", help="draw among the K likeliest (50; 0: all)"
+    )
     add("--seed", type=int, default=0, metavar="N", help="another seed, another text (0)")
     add(
         "--context",

@@ -24,7 +24,8 @@ import train_gpt as T
 KINDS = (
     ("attention forward", r"flex_attention(?!.*backward)"),
     ("attention backward", r"flex_attention.*backward|flex_attention_backward"),
-    ("FP8 matmul", r"e4m3|e5m2|fp8|f8"),
+    ("cross-entropy", r"triton_.*(exp_|_log_|gather)"),
+    ("FP8 matmul", r"nvjet_sm90_q|e4m3|e5m2"),
     ("matmul", r"gemm|cutlass|cublas|nvjet|sm90_xmma"),
     ("Adam", r"adam|multi_tensor"),
     ("embedding gradient", r"index_put|embedding_dense"),
