@@ -24,6 +24,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ class ModelConfig:
     mlp_layers: tuple[int, ...] = knob((), "layers with that width (empty: those of the arm)")
     lambda_bias: float = knob(0.0, "diff_v2: lambda starts at sigmoid(this)")
     window2: int = knob(0, "diff_v2: window of the second map, tokens (0: the layer's own)")
-    n_layer: int = knob(12, "blocks")
+    n_layer: int = knob(12, "number of blocks")
     d_model: int = knob(768, "width of the residual stream")
     n_head: int = knob(6, "heads of the softmax arm; the other arms derive theirs")
     head_dim: int = knob(128, "dimension of a head")
@@ -2081,7 +2082,7 @@ class Trainer:
         return self.world.sum(total), norm / LOSS_SCALE
 
     def evaluate(self, split: str, long_window: int, calls: int = 0) -> dict:
-        """See the function of the same name; `calls` limits it (warm-up)."""
+        """See the function of the same name; `calls` limits each rank's (warm-up)."""
         return evaluate(self, split, long_window, calls)
 
     def default_batches(self, steps: list[Step], cfg: Config, world: World) -> Iterator[Batch]:
@@ -2112,7 +2113,8 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     bytes_of = corpus.bytes_of if corpus.bytes_of is not None else np.zeros(padded(corpus.vocab))
     table = torch.from_numpy(bytes_of.astype(np.float64)).to(world.device)
     number = math.ceil(total / d.val_call_tokens)
-    for call in range(world.rank, min(number, calls or number), world.size):
+    # In warm-up every rank evaluates: one without a call of dev may have one of val.
+    for call in range(calls) if calls else range(world.rank, number, world.size):
         start = call * d.val_call_tokens
         batch = make_batch(stream, start, rows, d.val_row_tokens, total).to(world.device)
         h = trainer.forward(batch.tokens, batch.docs, window)
@@ -2211,6 +2213,8 @@ class Run:
         self.steps, self.hooks = trainer.steps, trainer.hooks
         self.env = machine(self.world)
         self.peak = peak_flops(self.env)
+        if self.world.cuda:
+            torch.cuda.reset_peak_memory_stats()
         self.clock, self.first = Clock(self.world), 0
         if self.cfg.run.resume:
             self.resume()
@@ -2231,12 +2235,12 @@ class Run:
             done = step.index + 1
             if self.hooks.after_step is not None:
                 self.hooks.after_step(self.trainer, step)
-            if every and done % every == 0 and done < n:
-                with self.paused():
-                    self.save(done)
             if done in looks:
                 with self.paused():
                     self.look(done)
+            if every and done % every == 0 and done < n:  # after the look, which its log holds
+                with self.paused():
+                    self.save(done)
             if self.reporter.stopping:
                 self.stop_on_signal(done)
         self.reporter.settle()
@@ -2436,8 +2440,13 @@ def train(cfg: Config, *, hooks: Hooks | None = None) -> dict:
     return Trainer(cfg, hooks).run()
 
 
-def write_exit(folder: Path | None, code: int, reason: str) -> None:
-    """RUN/exit.json, because torchrun returns 1 whatever its workers return."""
+def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
+    """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
+    that ends before it has a folder leaves it where --out and --run-id say."""
+    if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        after = dict(itertools.pairwise(argv))
+        folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
+        folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and folder.is_dir() and int(os.environ.get("RANK", 0)) == 0:
         (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
 
@@ -2446,9 +2455,9 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
     # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    trainer = None
+    argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:
-        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        cfg = parse_args(argv)
         trainer = Trainer(cfg, make_hooks(cfg) if make_hooks else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(trainer, "stop", True))
@@ -2468,7 +2477,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
         code, reason = EXIT_CODES["signal"], "saved on a signal"
     if code and int(os.environ.get("RANK", 0)) == 0:
         print(f"train_gpt.py: {reason}", file=sys.stderr)
-    write_exit(getattr(trainer, "folder", None), code, reason)
+    write_exit(getattr(trainer, "folder", None), argv, code, reason)
     if trainer is not None:
         trainer.world.close()
     return code

@@ -7,7 +7,6 @@ statistics see the future: a loss like that is worth nothing, and nothing in it 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +70,7 @@ def check_causal(
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Every parameter anew, at a size that keeps signals and differences alive through 12 blocks."""
+    """Every parameter anew, at a size that keeps signals and differences alive for 12 blocks."""
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -224,5 +224,3 @@ def on_ranks(size: int, work, folder: Path, *args) -> list:
         _rank, (size, free_port(), work, str(folder), args), nprocs=size, join=True
     )
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(size)]
-
-

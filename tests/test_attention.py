@@ -122,7 +122,9 @@ def naive_softmax(cfg, p, x, ve, docs, window):
         heads_of(x, p[f"arm.{s}.weight"], p.get(f"arm.{s}.bias"), n) for s in ("q", "k", "v")
     )
     v, mask, dim = mixed(p, v, ve), allowed(docs, window), cfg.head_dim
-    maps = (softmax_map(ready(cfg, a), ready(cfg, b), mask, scale_of(cfg, dim)) for a, b in zip(q, k))
+    maps = (
+        softmax_map(ready(cfg, a), ready(cfg, b), mask, scale_of(cfg, dim)) for a, b in zip(q, k)
+    )
     return [m @ value for m, value in zip(maps, v)], v
 
 
@@ -291,9 +293,7 @@ def test_v1_without_mixing_is_a_normed_softmax():
     x = torch.randn(BATCH, LENGTH, cfg.d_model, generator=torch.Generator().manual_seed(2))
     y, _ = arm(x, None, ctx)
     half = arm.n_out // 2
-    q, k = (
-        (x @ w.weight[:half].T).unflatten(-1, (arm.heads, -1)) for w in (arm.q, arm.k)
-    )
+    q, k = ((x @ w.weight[:half].T).unflatten(-1, (arm.heads, -1)) for w in (arm.q, arm.k))
     v = (x @ arm.v.weight.T).unflatten(-1, (arm.heads, -1))
     q, k = arm.position(q, k, ctx)
     want = torch.nn.functional.scaled_dot_product_attention(
@@ -438,14 +438,20 @@ def test_v1_equals_diffllama(layer, rope):
     assert (attn.arm.heads, attn.arm.dim) == (pairs, dim)
     attn.arm.gain.data.fill_(1.0)
     with torch.no_grad():
-        for a, b in ((theirs.q_proj, attn.arm.q), (theirs.k_proj, attn.arm.k), (theirs.o_proj, attn.o)):
+        for a, b in (
+            (theirs.q_proj, attn.arm.q),
+            (theirs.k_proj, attn.arm.k),
+            (theirs.o_proj, attn.o),
+        ):
             a.weight.copy_(b.weight)
         v = attn.arm.v.weight.view(pairs, 2, dim, d).transpose(0, 1)
         theirs.v_proj.weight.copy_(v.reshape(2 * pairs * dim, d))
         lambdas = (theirs.lambda_q1, theirs.lambda_k1, theirs.lambda_q2, theirs.lambda_k2)
         for a, b in zip(lambdas, attn.arm.lam):
             a.copy_(b)
-    x = torch.randn(BATCH, LENGTH, d, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(
+        BATCH, LENGTH, d, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     if rope:
         ids = torch.arange(LENGTH)[None].expand(BATCH, -1)
         cos, sin = D.DiffLlamaRotaryEmbedding(theirs_cfg)(x, ids)

@@ -46,9 +46,7 @@ MATRICES = {"square": (32, 32), "square2": (32, 32), "tall": (64, 16), "wide": (
 @pytest.mark.parametrize("wd", [0.0, 0.1])
 def test_muon_equals_torchs(monkeypatch, wd):
     """The same coefficients, nesterov, sqrt(max(1, rows / cols)), both inside in bfloat16."""
-    monkeypatch.setattr(
-        T, "orthogonalize", functools.partial(T.orthogonalize, coefficients=KELLER)
-    )
+    monkeypatch.setattr(T, "orthogonalize", functools.partial(T.orthogonalize, coefficients=KELLER))
     ours = Bag(MATRICES, "matrix")
     theirs = {n: nn.Parameter(p.detach().clone()) for n, p in ours.named_parameters()}
     opt = T.Optimizer(ours, {"matrix": T.Group("muon", 0.05, wd=wd)}, WORLD)
@@ -78,9 +76,7 @@ def test_muon_equals_torchs_in_float32(monkeypatch):
     scope = {"torch": torch, "Tensor": torch.Tensor}
     exec(source.replace(".bfloat16()", ".clone()"), scope)
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
-    monkeypatch.setattr(
-        T, "orthogonalize", functools.partial(T.orthogonalize, coefficients=KELLER)
-    )
+    monkeypatch.setattr(T, "orthogonalize", functools.partial(T.orthogonalize, coefficients=KELLER))
     ours = Bag(MATRICES, "matrix")
     theirs = {n: nn.Parameter(p.detach().clone()) for n, p in ours.named_parameters()}
     opt = T.Optimizer(ours, {"matrix": T.Group("muon", 0.05)}, WORLD)
@@ -157,7 +153,9 @@ def with_singular_values(rows, cols, seed, smallest=1e-3):
     return (u * s) @ v.T, u, v
 
 
-@pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.846, 1.142), (torch.bfloat16, 0.7, 1.16)])
+@pytest.mark.parametrize(
+    "dtype, low, high", [(torch.float32, 0.846, 1.142), (torch.bfloat16, 0.7, 1.16)]
+)
 @pytest.mark.parametrize("rows, cols", [(48, 48), (96, 32), (32, 96), (128, 128), (16, 64)])
 def test_singular_values_in_the_stated_band(rows, cols, dtype, low, high):
     """The five polynomials map [0.001, 1] into [0.847, 1.141]; bfloat16 blurs the smallest ones.
@@ -298,7 +296,7 @@ def test_plain_modules_have_groups_too():
 
 
 def test_state_dict_round_trip():
-    """Two steps, saved, loaded into a fresh model and optimizer: the next steps are the same bits."""
+    """Two steps, saved, loaded into a fresh model and optimizer: the next steps are equal bits."""
     groups = T.parameter_groups(T.OptimConfig(adam_wd=0.1, matrix_wd=0.1))
     runs = []
     for _ in range(2):

@@ -1,7 +1,8 @@
 """An arm of torch's own layers, none of whose parameters say how they start or who updates them."""
 
-import train_gpt as T
 from torch import nn
+
+import train_gpt as T
 
 
 class Plain(nn.Module):

@@ -1,6 +1,7 @@
 """Your own attention: softmax in which every head learns how sharp it is."""
 
 import torch
+
 import train_gpt as T
 
 
@@ -13,7 +14,9 @@ class Temperature(T.Arm):
         self.sharp = T.parameter((h,), ("zeros",), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in T.project(x, [self.q, self.k, self.v]))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)) for t in T.project(x, [self.q, self.k, self.v])
+        )
         q, k = self.position(q, k, ctx)
         q = q * torch.exp(self.sharp.to(q.dtype))[:, None]
         v = self.mix(v, ve)
