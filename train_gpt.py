@@ -104,7 +104,7 @@ class OptimConfig:
     matrix_lr: float = knob(0.03, "Muon, block matrices; times sqrt(max(1, rows / cols))")
     matrix_wd: float = knob(0.0, "Muon, decoupled weight decay, 1 / lr")
     momentum: float = knob(0.95, "Muon")
-    momentum_start: float = knob(0.85, "Muon at step 0 and, over cooldown_momentum, at the end")
+    momentum_start: float = knob(0.85, "Muon at step 0, and at the end after momentum_cooldown")
     momentum_warmup: int = knob(300, "steps from momentum_start to momentum")
     momentum_cooldown: int = knob(50, "last steps, back to momentum_start")
     muon_dtype: str = knob("auto", "orthogonalisation in: auto | bfloat16 | float32")
@@ -711,6 +711,7 @@ class Linear(nn.Module):
         init = ("zeros",) if zero else ("uniform", 0.5 * n_in**-0.5)
         self.weight = parameter((n_out, n_in), init, "matrix", (maps, n_out // maps, n_in))
         self.bias = parameter((n_out,), ("zeros",), "scalar") if bias else None
+        self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
@@ -720,24 +721,23 @@ def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def project(x: Tensor, layers: list[Linear], interleave: int = 0) -> tuple[Tensor, ...]:
+def project(x: Tensor, layers: list[Linear], heads: int = 0) -> tuple[Tensor, ...]:
     """x [..., d] through several layers in one product -> a tensor for each.
 
-    The first `interleave` layers are stored map-major, (2, heads, D) rows, and come out as heads
-    0 of map 0, 0 of map 1, 1 of map 0, ...; reordering weights costs less than activations.
+    A layer of two maps, stored map-major as (2, heads, D) rows, comes out with its heads in pairs:
+    0 of map 0, 0 of map 1, 1 of map 0, ... Reordering weights costs less than activations.
     """
 
-    def rows(t: Tensor, i: int) -> Tensor:
+    def rows(t: Tensor, maps: int) -> Tensor:
         t = t.to(x.dtype)
-        if i >= interleave:
-            return t
-        heads = layers[i].heads
-        return t.unflatten(0, (2, heads, -1)).transpose(0, 1).flatten(0, 2)
+        if maps == 2:
+            t = t.unflatten(0, (2, heads, -1)).transpose(0, 1).flatten(0, 2)
+        return t
 
-    w = torch.cat([rows(layer.weight, i) for i, layer in enumerate(layers)])
+    w = torch.cat([rows(layer.weight, layer.maps) for layer in layers])
     b = None
     if layers[0].bias is not None:
-        b = torch.cat([rows(layer.bias, i) for i, layer in enumerate(layers)])
+        b = torch.cat([rows(layer.bias, layer.maps) for layer in layers])
     return F.linear(x, w, b).split([layer.weight.size(0) for layer in layers], dim=-1)
 
 
@@ -945,7 +945,6 @@ class DiffV2(Arm):
         d, dim = cfg.d_model, cfg.head_dim
         self.n_out, self.kv_width = pairs * dim, kv * dim
         self.q = Linear(2 * pairs * dim, d, bias=cfg.bias, maps=2)
-        self.q.heads = pairs
         self.k, self.v = (Linear(kv * dim, d, bias=cfg.bias) for _ in range(2))
         self.lam = parameter((pairs, d), ("zeros",), "gate")
         self.lam_bias = parameter((pairs,), ("constant", cfg.lambda_bias), "gate")
@@ -953,7 +952,7 @@ class DiffV2(Arm):
             self.head_windows = (NO_LIMIT, cfg.window2) * pairs
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], interleave=1)
+        q, k, v = project(x, [self.q, self.k, self.v], self.heads)
         q, k = (t.unflatten(-1, (-1, self.cfg.head_dim)) for t in (q, k))
         q, k = self.position(q, k, ctx)
         v = self.mix(v.unflatten(-1, (self.heads_kv, -1)), ve)
@@ -988,14 +987,13 @@ class DiffV1(Arm):
         super().__init__(cfg, layer, pairs=pairs, heads_q=2 * pairs, heads_kv=2 * pairs)
         self.dim, self.n_out, self.kv_width = dim, 2 * dim * pairs, 2 * dim * pairs
         self.q, self.k = (Linear(self.n_out, d, bias=cfg.bias, maps=2) for _ in range(2))
-        self.q.heads = self.k.heads = pairs
         self.v = Linear(self.n_out, d, bias=cfg.bias)
         self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         self.lam = parameter((4, dim), ("normal", 0.1), "gate")  # lq1, lk1, lq2, lk2
         self.gain = parameter((2 * dim,), ("constant", 1.0), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], interleave=2)
+        q, k, v = project(x, [self.q, self.k, self.v], self.heads)
         q, k = (t.unflatten(-1, (-1, self.dim)) for t in (q, k))
         q, k = self.position(q, k, ctx)
         v = self.mix(v.unflatten(-1, (self.heads, -1)), ve)
@@ -1089,8 +1087,7 @@ def has_values(cfg: ModelConfig, layer: int) -> bool:
 
 
 def mlp_width(cfg: ModelConfig, layer: int) -> int:
-    where = cfg.mlp_layers or (arm_layers(cfg) if cfg.layers or "diff" in cfg.arm else None)
-    wide = cfg.mlp and (where is None or layer in where)
+    wide = cfg.mlp and layer in (cfg.mlp_layers or arm_layers(cfg))
     return cfg.mlp if wide else 4 * cfg.d_model
 
 
@@ -2022,7 +2019,7 @@ class Trainer:
 
     def reset(self, seed: int, data_seed: int = 0) -> None:
         """Weights, optimizer and data order as a new process with these seeds would have them."""
-        self.cfg = self.cfg.with_(seed=seed, data_seed=data_seed, run_id="")
+        self.cfg = self.cfg.with_(seed=seed, data_seed=data_seed, run_id="", resume="")
         init_parameters(self.model, seed)
         self.optimizer.reset()
         self.stop = False

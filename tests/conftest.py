@@ -18,11 +18,6 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than 20 s; runs by default")
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
-
-
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory) -> Path:
     """Shards of standard-library docstrings, made once for all workers."""

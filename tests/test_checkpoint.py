@@ -1,0 +1,302 @@
+"""A run that stops and goes on is, to the bit on the CPU, the run that never stopped: losses,
+parameters, optimizer state and log. And nothing half-written or damaged is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import helpers as H
+import pytest
+import torch
+
+T = H.T
+STAGES = (T.Stage(0.5, 256, 1.0, (128, 256)), T.Stage(0.5, 512, 1.5, (256, 512)))  # 6 + 6 steps
+
+
+def config(data, out, **changes) -> T.Config:
+    base = {"stages": STAGES, "tokens": 256 * 18, "data_seed": 3, "looks": 3, "keep": 20}
+    base |= {"save_every": 1, "save_final": True, "run_id": "whole", "arm": "diff_v2"}
+    return H.tiny(data, out, **{**base, **changes})
+
+
+def state_of(folder) -> dict:
+    return T.load_checkpoint(folder)[0]
+
+
+def assert_same(a, b, where="state"):
+    """Nested dicts of tensors, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    else:
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+
+
+def without_times(run, kinds=("step", "val")) -> list[dict]:
+    drop = {"train_s", "ms", "h"}
+    lines = [line for line in H.read_log(run) if line["t"] in kinds]
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(text_data, tmp_path_factory):
+    """A run of 12 steps over two stages, with a checkpoint after each; never interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    T.train(config(text_data, out))
+    return out / "whole"
+
+
+def copy_until(whole, out, step: int):
+    """The run folder as it was after `step` steps, plus what was logged later."""
+    run = out / "whole"
+    run.mkdir(parents=True)
+    for name in ("run.log", "run.jsonl"):
+        (run / name).write_bytes((whole / name).read_bytes())
+    name = f"ckpt/step_{step:08d}"
+    (run / name).mkdir(parents=True)
+    for path in (whole / name).iterdir():
+        (run / name / path.name).write_bytes(path.read_bytes())
+    return run
+
+
+def test_what_a_checkpoint_holds(whole):
+    saved = sorted(p.name for p in (whole / "ckpt").iterdir())
+    assert saved == [f"step_{i:08d}" for i in range(1, 13)]
+    assert {p.name for p in (whole / "ckpt" / saved[0]).iterdir()} == {
+        *("state.pt", "meta.json", "DONE")
+    }
+    state, meta = T.load_checkpoint(whole / "ckpt" / saved[6])
+    assert (meta["step"], meta["tokens"]) == (7, 6 * 256 + 512)
+    assert meta["sha256"] == T.sha256(whole / "ckpt" / saved[6] / "state.pt")
+    assert {"config", "train_s", "log", "h", "window", "arm", "schema"} <= set(meta)
+    names = {n for n, _ in T.GPT(T.config_from_flat(meta["config"]).model, 64).named_parameters()}
+    assert set(state["model"]) == set(state["optimizer"]) == names, "per-layer logical names"
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 7, 12], ids=lambda s: f"from-{s}")
+def test_resume_is_bitwise(whole, text_data, tmp_path, step):
+    """In the first stage, at the transition, in the second, and where only the end is left."""
+    run = copy_until(whole, tmp_path, step)
+    result = T.train(config(text_data, tmp_path, resume=str(run)))
+    assert_same(state_of(run / "ckpt/step_00000012"), state_of(whole / "ckpt/step_00000012"))
+    assert without_times(run) == without_times(whole)
+    assert result["status"] == "done" and result["tokens"] == 256 * 18
+    assert H.chain_breaks(run) == []
+    events = H.read_log(run, "event")
+    assert [e["kind"] for e in events] == ["resume"] and str(step) in events[0]["text"]
+    assert len(H.read_log(run, "header")) == len(H.read_log(run, "end")) == 1
+    text = (run / "run.log").read_text()
+    for i in range(1, 13):
+        assert text.count(f"\nstep:{i}/12 loss") == 1, "lines after the checkpoint are cut off"
+
+
+def test_state_after_the_resumed_steps_is_bitwise_too(whole, text_data, tmp_path):
+    """Not the end alone: each later checkpoint is the same, optimizer and generator included."""
+    run = copy_until(whole, tmp_path, 5)
+    T.train(config(text_data, tmp_path, resume=str(run / "ckpt/step_00000005")))
+    for step in range(6, 13):
+        name = f"ckpt/step_{step:08d}"
+        assert_same(state_of(run / name), state_of(whole / name), name)
+
+
+def test_garbage_after_the_checkpoint_is_cut_off(whole, text_data, tmp_path):
+    """A kill leaves half a line; the log goes on from where the checkpoint says."""
+    run = copy_until(whole, tmp_path, 8)
+    for name in ("run.log", "run.jsonl"):
+        with (run / name).open("a") as f:
+            f.write('{"t": "step", "step": 99, "lo')
+    T.train(config(text_data, tmp_path, resume=str(run)))
+    assert H.chain_breaks(run) == []
+    assert without_times(run) == without_times(whole)
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import train_gpt as T
+torch.set_num_threads(1)
+
+def after_step(trainer, step):
+    if step.index == 6:  # after 7 steps, in the second stage
+        os.kill(os.getpid(), signal.{signal})
+
+sys.exit(T.main(sys.argv[1:], lambda cfg: T.Hooks(after_step=after_step)))
+"""
+
+
+def argv_of(data, out, **changes) -> list[str]:
+    cfg = config(data, out, **changes).flat()
+    base = T.make_config("demo").flat()
+    argv = ["--preset", "demo"]
+    for key, value in cfg.items():
+        if value != base[key]:
+            flag = key.replace("_", "-")
+            one = isinstance(value, bool)
+            argv += [f"--{'' if value else 'no-'}{flag}"] if one else [f"--{flag}", str(value)]
+    return argv
+
+
+def run_child(which: str, data, out, **changes) -> subprocess.CompletedProcess:
+    code = CHILD.format(root=str(H.ROOT), signal=which)
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv_of(data, out, **changes)],
+        **{"capture_output": True, "text": True, "timeout": 240},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_sigterm_saves_and_exits_75(whole, text_data, tmp_path):
+    """No checkpoint is due, and yet one is there; going on is bitwise."""
+    done = run_child("SIGTERM", text_data, tmp_path, save_every=0)
+    assert done.returncode == 75, done.stderr
+    run = tmp_path / "whole"
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    (saved,) = (run / "ckpt").iterdir()
+    assert saved.name == "step_00000008", "the signal is heeded at the end of the next step"
+    (end,) = H.read_log(run, "end")
+    assert (end["status"], end["code"], end["tokens"]) == ("signal", 75, 6 * 256 + 2 * 512)
+    assert H.chain_breaks(run) == []
+    assert "--resume" in (run / "run.log").read_text()
+    assert T.main([*argv_of(text_data, tmp_path, save_every=0), "--resume", str(run)]) == 0
+    assert without_times(run) == without_times(whole)
+    assert_same(state_of(run), state_of(whole))
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert [e["status"] for e in H.read_log(run, "end")] == ["done"]
+    assert H.chain_breaks(run) == []
+
+
+def test_kill_9_loses_nothing_but_the_steps_since(whole, text_data, tmp_path):
+    done = run_child("SIGKILL", text_data, tmp_path, save_every=3)
+    assert done.returncode == -signal.SIGKILL
+    run = tmp_path / "whole"
+    assert [s["step"] for s in H.read_log(run, "step")] == list(range(1, 8))
+    assert T.find_checkpoint(run).name == "step_00000006"
+    T.train(config(text_data, tmp_path, save_every=3, resume=str(run)))
+    assert without_times(run) == without_times(whole)
+    assert_same(state_of(run), state_of(whole))
+    assert H.chain_breaks(run) == []
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main() installs handlers; they are none of the next test's business."""
+    old = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+# ---- what must not be used ----------------------------------------------------------------------
+
+
+def test_an_incomplete_folder_is_ignored(whole, tmp_path):
+    run = copy_until(whole, tmp_path, 4)
+    for name in ("step_00000009", ".step_00000010.123"):
+        (run / "ckpt" / name).mkdir()
+        (run / "ckpt" / name / "state.pt").write_bytes(b"half")
+    assert T.find_checkpoint(run).name == "step_00000004"
+    (run / "ckpt/step_00000004/DONE").unlink()
+    with pytest.raises(T.InputError, match="no whole checkpoint"):
+        T.find_checkpoint(run)
+    with pytest.raises(T.InputError, match="no whole checkpoint"):
+        T.find_checkpoint(tmp_path / "nothing")
+
+
+def test_a_save_that_dies_leaves_the_last_one(tmp_path, monkeypatch):
+    """Whatever the moment: before the rename nothing of the new one is to be seen."""
+    state, meta = {"model": {"w": torch.arange(4.0)}}, {"step": 1}
+    T.save_checkpoint(tmp_path / "ckpt", state, meta, 3)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    for target, name in ((T.torch, "save"), (T.os, "fsync"), (T.os, "rename"), (T, "sha256")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, name, die)
+            T.save_checkpoint(tmp_path / "ckpt", state, {"step": 2}, 3)
+        assert T.find_checkpoint(tmp_path).name == "step_00000001"
+        assert_same(T.load_checkpoint(tmp_path)[0], state)
+    T.save_checkpoint(tmp_path / "ckpt", state, {"step": 2}, 3)  # leftovers do not hinder the next
+    assert T.find_checkpoint(tmp_path).name == "step_00000002"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing state", "bad meta", "missing meta"])
+def test_a_damaged_checkpoint_is_refused(whole, text_data, tmp_path, capsys, damage):
+    """In one sentence with exit code 2, and the run's logs stay as they were."""
+    run = copy_until(whole, tmp_path, 4)
+    folder = run / "ckpt/step_00000004"
+    raw = bytearray((folder / "state.pt").read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+        (folder / "state.pt").write_bytes(raw)
+    elif damage == "cut":
+        (folder / "state.pt").write_bytes(raw[:-100])
+    elif damage == "missing state":
+        (folder / "state.pt").unlink()
+    elif damage == "bad meta":
+        (folder / "meta.json").write_text("{")
+    else:
+        (folder / "meta.json").unlink()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert T.main([*argv_of(text_data, tmp_path), "--resume", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert str(folder) in err and ("damaged" in err or "no checkpoint" in err), err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_other_settings_are_refused(whole, text_data, tmp_path, capsys):
+    """All that differs is named; what may differ (how a step is cut, where) is not."""
+    run = copy_until(whole, tmp_path, 4)
+    argv = argv_of(text_data, tmp_path, matrix_lr=0.5, arm="softmax", seed=9)
+    assert T.main([*argv, "--resume", str(run)]) == 2
+    err = capsys.readouterr().err
+    for part in ("matrix_lr", "arm 'diff_v2', now 'softmax'", "seed 0, now 9"):
+        assert part in err, err
+    cfg = config(text_data, tmp_path, micro_batch_tokens=128, looks=0, keep=1, resume=str(run))
+    T.train(cfg)
+    a, b = H.losses(run), H.losses(whole)
+    assert a[:4] == b[:4] and a == pytest.approx(b, abs=2e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_keep(tmp_path, keep):
+    for step in range(1, 8):
+        T.save_checkpoint(tmp_path, {"w": torch.zeros(1)}, {"step": step}, keep)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [f"step_{i:08d}" for i in range(8 - keep, 8)]
+
+
+def test_keep_in_a_run(text_data, tmp_path):
+    T.train(config(text_data, tmp_path, keep=2, save_every=4, looks=0, final_val=False))
+    saved = sorted(p.name for p in (tmp_path / "whole" / "ckpt").iterdir())
+    assert saved == ["step_00000008", "step_00000012"]
+
+
+# ---- and what it is good for --------------------------------------------------------------------
+
+
+def test_load_model(whole, text_data):
+    """From a run folder or a checkpoint: ready to use, and it says what the log's loss says."""
+    model, meta = T.load_model(whole)
+    again, _ = T.load_model(whole / "ckpt" / "step_00000012")
+    assert meta["step"] == 12 and not model.training
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    corpus = T.Corpus.open(str(text_data))
+    cfg = T.config_from_flat(meta["config"])
+    batch = T.make_batch(T.TokenStream(corpus.splits["dev"], corpus.eot), 0, 8, 64)
+    window = T.windows(meta["window"], torch.device("cpu"))
+    logits = model.logits(batch.tokens, batch.docs, window)
+    assert logits.shape == (8, 64, H.BYTE_VOCAB)
+    h = model(batch.tokens, batch.docs, window)
+    z = T.softcap(h @ model.head.t(), cfg.model.softcap).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(z, batch.targets.flatten())
+    said = [v["dev_loss"] for v in H.read_log(whole, "val") if v["split"] == "dev"][-1]
+    assert float(loss.detach()) == pytest.approx(said, rel=1e-5)
