@@ -336,6 +336,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
             f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
         )
     need(not (m.xsa and name == "diff_v1"), "--xsa: diff_v1 normalises its heads, no own value")
+    need(m.softcap <= 80, f"--softcap {m.softcap}: 80 or less, or exp(-softcap) is 0 in fp32")
     need(len(s.stages) > 0, "--stages is empty")
     need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
     for st in s.stages:
@@ -1589,7 +1590,9 @@ class Corpus:
         """Hashes every file, compares with the manifest; the rows for the log's header."""
         folder = self.splits["train"][0].path.parent
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda row: sha256(folder / row["name"]), self.files))
+            digests = list(
+                pool.map(lambda row: sha256(folder / Path(row["name"]).name), self.files)
+            )
         for row, digest in zip(self.files, digests, strict=True):
             if row.get("sha256", digest) != digest:
                 raise InputError(f"{folder / row['name']} is not what manifest.json says: sha256")
@@ -2383,7 +2386,8 @@ class Run:
         """Loads --resume and cuts the logs back to it; refuses other settings."""
         path = find_checkpoint(self.cfg.run.resume)
         state, meta = load_checkpoint(path)
-        free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"} - {"seed"}
+        free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
+        free -= {"seed", "dtype", "fp8"}
         mine, saved = self.cfg.flat(), meta["config"]
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:
@@ -2452,6 +2456,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
     # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
     argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:
         cfg = parse_args(argv)

@@ -36,7 +36,6 @@ from evals import sample
 
 TIMED_STEPS = 10
 FEWEST_STEPS = 20
-MOST_THREADS = 8  # more only wait for each other in a model this small
 LAST_SECONDS = 15.0  # samples, plot, checkpoints
 LOOKS = 3  # dev evaluations of a run, the final one included
 PROMPT, SAMPLE_BYTES = "Return the ", 300
@@ -73,10 +72,10 @@ def measure(cfg: T.Config) -> Speed:
     stream = T.TokenStream(trainer.corpus.splits["train"], trainer.corpus.eot)
     rows, row = T.step_rows(trainer.steps[0].tokens, cfg.data.row_tokens)
     times = []
-    for step in trainer.steps[: TIMED_STEPS + 1]:
-        batch = T.make_batch(stream, step.start, rows, row)
+    for i in range(TIMED_STEPS + 1):
+        batch = T.make_batch(stream, i * rows * row, rows, row)
         began = time.perf_counter()
-        trainer.train_step(step, batch)
+        trainer.train_step(trainer.steps[0], batch)
         times.append(time.perf_counter() - began)
     calls = []
     for _ in range(2):
@@ -86,9 +85,20 @@ def measure(cfg: T.Config) -> Speed:
     return Speed(statistics.mean(times[1:]), calls[-1] / cfg.data.val_call_tokens)
 
 
-def plan_tokens(cfg: T.Config, speeds: list[Speed], seconds: float) -> int:
+def choose_threads(cfg: T.Config) -> None:
+    """Sets torch's threads to 1, 2, 4 or 8, at most as many as it has: the fastest. A second thread
+    on a core that others use makes a step ten times slower."""
+    most = torch.get_num_threads()
+    step_s = {}
+    for n in (1, 2, 4, 8):
+        if n <= most:
+            torch.set_num_threads(n)
+            step_s[n] = measure(cfg).step
+    torch.set_num_threads(min(step_s, key=step_s.get))
+
+
+def plan_tokens(cfg: T.Config, corpus: T.Corpus, speeds: list[Speed], seconds: float) -> int:
     """Tokens that each arm trains, so that all arms with their validation take `seconds`."""
-    corpus = T.Corpus.open(cfg.data.data)
     dev = min(cfg.data.dev_tokens, corpus.tokens("dev"))
     val = min(cfg.data.val_tokens, corpus.tokens("val"))
     slow = Speed(max(s.step for s in speeds), max(s.token for s in speeds))
@@ -122,18 +132,22 @@ class Tenths(io.TextIOBase):
 
 def train(cfg: T.Config) -> Path:
     """One arm's run; its folder. SIGINT and SIGTERM end it after the step, with a checkpoint."""
-    trainer = T.Trainer(cfg)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(trainer, "stop", True))
+    trainer, code, reason = T.Trainer(cfg), T.EXIT_CODES["done"], "done"
+    stop = {n: lambda *_: setattr(trainer, "stop", True) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number, handler in stop.items()}
     try:
         with contextlib.redirect_stdout(Tenths(sys.stdout)):
             return Path(trainer.run()["run"])
     except T.NonFinite as e:
-        T.write_exit(getattr(trainer, "folder", None), T.EXIT_CODES["non-finite"], str(e))
+        code, reason = T.EXIT_CODES["non-finite"], str(e)
+        raise
+    except SystemExit:
+        code, reason = T.EXIT_CODES["signal"], "saved on a signal"
         raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        T.write_exit(trainer.folder, [], code, reason)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -196,7 +210,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
@@ -211,8 +225,16 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
         for label, value in (("bigram", about.get("bigram")), ("gzip -9", gzip_known(about))):
             if value:
                 axis.axhline(value, color="#555555", linestyle="--", linewidth=1)
-                axis.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right")
+                axis.annotate(
+                    label,
+                    (1, value),
+                    xytext=(-4, 3),
+                    xycoords=("axes fraction", "data"),
+                    textcoords="offset points",
+                    ha="right",
+                )
         axis.set_xlabel(name)
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.grid(color="#dddddd", linewidth=0.5)
     lowest = min(float(r.looks[:, 2].min()) for r in results)
     axes[0].set_ylim(min(lowest, gzip_known(about) or lowest) - 0.2, 6)
@@ -267,9 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=5.0, metavar="X", help="about how long it may take (5)")
     arms = ["softmax", "diff_v2"]
     add("--arms", nargs="+", default=arms, metavar="ARM", help="(softmax diff_v2)")
-    add(
-        "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders (runs)"
-    )
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for run folders (runs)")
     text = T.HERE / "data" / "tokens" / "demo"
     add("--data", type=Path, default=text, metavar="DIR", help="byte shards (data/tokens/demo)")
     return parser.parse_args(argv)
@@ -282,7 +302,7 @@ def demo(args: argparse.Namespace) -> Path:
         raise T.InputError(f"--minutes {args.minutes}: more than 0")
     if len(set(args.arms)) < len(args.arms):
         raise T.InputError("--arms names an arm twice")
-    end = time.monotonic() - min(T.process_age(), 60.0) + 60 * args.minutes
+    end = time.monotonic() + 60 * args.minutes
     folder = args.out / time.strftime(f"%Y%m%d-%H%M%S_demo_{os.getpid()}")
     make = functools.partial(
         T.make_config, "demo", data=str(args.data), out=str(folder), looks=LOOKS
@@ -292,12 +312,13 @@ def demo(args: argparse.Namespace) -> Path:
         raise T.InputError("; ".join(dict.fromkeys(bad)))
     about = open_text(args.data)
     cfgs = [make(arm=arm, run_id=re.sub(r"[^\w.,=+-]", "-", arm)) for arm in args.arms]
-    if not T.Corpus.open(str(args.data)).splits.get("val"):
-        raise T.InputError(f"{args.data} has no val split: the demo needs one")
-    torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
+    corpus = T.Corpus.open(str(args.data))
+    if not corpus.splits.get("val") or corpus.bytes_of is None:
+        raise T.InputError(f"{args.data} lacks val shards or token_bytes.bin: the demo needs both")
+    choose_threads(cfgs[0])
     speeds = [measure(cfg) for cfg in cfgs]
     seconds = end - time.monotonic() - LAST_SECONDS
-    tokens = plan_tokens(cfgs[0], speeds, seconds)
+    tokens = plan_tokens(cfgs[0], corpus, speeds, seconds)
     steps = tokens // cfgs[0].schedule.stages[0].tokens
     ms = ", ".join(f"{a} {1000 * s.step:.0f} ms" for a, s in zip(args.arms, speeds))
     print(f"a step takes {ms} on {torch.get_num_threads()} thread(s): {steps} steps for each arm")

@@ -116,6 +116,7 @@ def test_garbage_after_the_checkpoint_is_cut_off(whole, text_data, tmp_path):
     assert without_times(run) == without_times(whole)
 
 
+# A process of its own (whose torch generator starts elsewhere than pytest's, hence "rng" below).
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -166,7 +167,7 @@ def test_sigterm_saves_and_exits_75(whole, text_data, tmp_path):
     assert "--resume" in (run / "run.log").read_text()
     assert T.main([*argv_of(text_data, tmp_path, save_every=0), "--resume", str(run)]) == 0
     assert without_times(run) == without_times(whole)
-    assert_same(state_of(run), state_of(whole))
+    assert_same(*({k: v for k, v in state_of(r).items() if k != "rng"} for r in (run, whole)))
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert [e["status"] for e in H.read_log(run, "end")] == ["done"]
     assert H.chain_breaks(run) == []
@@ -180,7 +181,7 @@ def test_kill_9_loses_nothing_but_the_steps_since(whole, text_data, tmp_path):
     assert T.find_checkpoint(run).name == "step_00000006"
     T.train(config(text_data, tmp_path, save_every=3, resume=str(run)))
     assert without_times(run) == without_times(whole)
-    assert_same(state_of(run), state_of(whole))
+    assert_same(*({k: v for k, v in state_of(r).items() if k != "rng"} for r in (run, whole)))
     assert H.chain_breaks(run) == []
 
 

@@ -71,6 +71,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--looks", "21"], ["--looks 21: at most 20"]),
         (["--warmup", "0.9"], ["--warmup and --cooldown overlap"]),
         (["--keep", "0"], ["--keep 1 or more"]),
+        (["--softcap", "100"], ["--softcap 100.0: 80 or less"]),
         (["--device", "tpu"], ["--device 'tpu': auto, cuda or cpu"]),
         (["--dtype", "float16"], ["--dtype 'float16'"]),
         (["--muon-dtype", "int8"], ["--muon-dtype 'int8'"]),

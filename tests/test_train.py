@@ -60,15 +60,16 @@ def test_trained_without_attention_it_stays_above_the_bigram(text_data, tmp_path
 
 # ---- run.jsonl ----------------------------------------------------------------------------------
 
-HEADER = set(
-    "schema run_id arm preset track seed data_seed argv config source_sha256 git env data params "
-    "flops_per_token peak_flops world".split()
-)
-ENV = set("gpu count driver torch triton python host".split())
-STEP = set("step loss tokens train_s ms stage lr window grad_norm".split())
-END = set(
-    "status code train_s compile_s door_s tokens tokens_per_s peak_alloc peak_reserved joules".split()
-)
+HEADER = {
+    *("schema", "run_id", "arm", "preset", "track", "seed", "data_seed", "argv", "config"),
+    *("source_sha256", "git", "env", "data", "params", "flops_per_token", "peak_flops", "world"),
+}
+ENV = {"gpu", "count", "driver", "torch", "triton", "python", "host"}
+STEP = {"step", "loss", "tokens", "train_s", "ms", "stage", "lr", "window", "grad_norm"}
+END = {
+    *("status", "code", "train_s", "compile_s", "door_s", "tokens", "tokens_per_s"),
+    *("peak_alloc", "peak_reserved", "joules"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,9 @@ def test_reset_equals_a_fresh_process(text_data, tmp_path, arm):
     a, b, other = (H.losses(f) for f in (tmp_path / "fresh", trainer.folder, tmp_path / "first"))
     assert a == b and len(a) == 8 and a != other
     for key in ("dev_loss", "val_loss"):
-        a, b = ([v.get(key) for v in H.read_log(f, "val")] for f in (tmp_path / "fresh", trainer.folder))
+        a, b = (
+            [v.get(key) for v in H.read_log(f, "val")] for f in (tmp_path / "fresh", trainer.folder)
+        )
         assert a == b
     header = H.read_log(trainer.folder, "header")[0]
     assert (header["seed"], header["data_seed"]) == (5, 2)
@@ -190,20 +193,22 @@ def test_data_seed_changes_order_but_not_content(tmp_path):
     gen = np.random.default_rng(0)
     texts = [bytes(gen.integers(97, 123, n, np.uint8)) for n in gen.integers(10, 80, 60)]
     tokens = H.tokens_of(texts)[: 256 * 8 + 1]
-    data = H.write_corpus(tmp_path / "d", {"train": [tokens[:-1]], "dev": [tokens], "val": [tokens]})
+    data = H.write_corpus(
+        tmp_path / "d", {"train": [tokens[:-1]], "dev": [tokens], "val": [tokens]}
+    )
     seen, curves = {}, {}
     for seed in (0, 1, 2):
         cfg = H.tiny(data, tmp_path, data_seed=seed, run_id=f"d{seed}", tokens=0, passes=1)
         seen[seed] = []
 
         def watch(steps, cfg, world, log=seen[seed]):
-            stream = T.TokenStream(trainer.corpus.splits["train"], H.EOT, cfg.data.data_seed)
+            shards = T.Corpus.open(cfg.data.data).splits["train"]
+            stream = T.TokenStream(shards, H.EOT, cfg.data.data_seed)
             for batch in T.train_batches(stream, steps, cfg, world):
                 log.extend(batch.tokens.flatten().tolist())
                 yield batch
 
-        trainer = T.Trainer(cfg, T.Hooks(batches=watch))
-        trainer.run()
+        T.train(cfg, hooks=T.Hooks(batches=watch))
         curves[seed] = H.losses(tmp_path / f"d{seed}")
     assert seen[0] == tokens[:-1].tolist()
     assert sorted(seen[0]) == sorted(seen[1]) == sorted(seen[2])
