@@ -51,6 +51,9 @@ SCHEMA = 1  # of run.jsonl and meta.json
 HERE = Path(__file__).resolve().parent
 
 
+IMPORTED_AT = time.time()
+
+
 class InputError(ValueError):
     """What the user gave cannot be run; the message says what to do. Exit code 2."""
 
@@ -232,14 +235,14 @@ PRESETS: dict[str, dict] = {
     "plain": {"require_gpu": True, "gate": False, "value_tables": 0},
     "gpu24": {"require_gpu": True, "micro_batch_tokens": 16_384, "val_call_tokens": 65_536}
     | {"val_row_tokens": 65_536},
-    "demo": {
+    "demo": {  # learning rates, batch and cooldown from 14 runs of 1.2M bytes, on dev
         **{"n_layer": 4, "d_model": 128, "n_head": 4, "head_dim": 32, "no_attention": ()},
         **{"long_layers": (0, 3), "skip": (), "backout": 2, "value_tables": 1},
-        **{"stages": (Stage(1.0, 2048, 1.0, (256, 256)),), "ext_window": 0},
-        **{"row_tokens": 256, "micro_batch_tokens": 2048, "val_row_tokens": 256},
+        **{"stages": (Stage(1.0, 1024, 1.0, (256, 256)),), "ext_window": 0},
+        **{"row_tokens": 128, "micro_batch_tokens": 1024, "val_row_tokens": 256},
         **{"val_call_tokens": 8192, "most_tokens": 3_000_000, "passes": 2},
-        **{"matrix_lr": 0.03, "embed_lr": 0.1, "value_lr": 0.1, "momentum_warmup": 100},
-        **{"compile": False, "device": "cpu", "looks": 4, "final_val": True},
+        **{"matrix_lr": 0.02, "embed_lr": 0.1, "value_lr": 0.1, "momentum_warmup": 100},
+        **{"cooldown": 0.8, "compile": False, "device": "cpu", "looks": 4},
     },
 }
 
@@ -320,7 +323,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip"):
         over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
-    need(len(m.skip) in (0, 2) and list(m.skip) == sorted(m.skip), "--skip is from+to, from < to")
+    skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
+    need(skip, "--skip is from+to, from < to")
     need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
     need(not set(m.layers) & set(m.no_attention), "--layers names blocks of --no_attention")
@@ -429,25 +433,27 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
     window grows linearly within its stage in multiples of 128 (record 13).
     """
     s, o = cfg.schedule, cfg.optim
+    shares = np.cumsum([st.share for st in s.stages]) / sum(st.share for st in s.stages)
     mean = sum(st.share * st.tokens for st in s.stages) / sum(st.share for st in s.stages)
     total = int(budget / mean + 1e-6)
-    ends, acc = [], 0.0
-    for st in s.stages:
-        acc += st.share
-        ends.append(round(total * acc / sum(x.share for x in s.stages)))
+    while True:
+        ends = [round(total * share) for share in shares]
+        counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
+        if sum(n * st.tokens for n, st in zip(counts, s.stages, strict=True)) <= budget:
+            break
+        total -= 1  # rounding may favour the larger stages
     steps, start = [], 0
     for i in range(total):
         k = next(k for k, end in enumerate(ends) if i < end)
-        st, first = s.stages[k], ends[k - 1] if k else 0
-        if start + st.tokens > budget:
-            break
-        grown = st.window[0] + (st.window[1] - st.window[0]) * (i - first + 1) / (ends[k] - first)
+        st, first = s.stages[k], ends[k] - counts[k]
+        part = (i - first) / max(1, counts[k] - 1)
+        grown = st.window[0] + (st.window[1] - st.window[0]) * part
         left = (total - i) / max(1, round(s.cooldown * total))  # 1 at the cooldown's first step
         lr = st.lr if left >= 1 else st.lr * left + s.lr_floor * (1 - left)
         lr *= min(1.0, (i + 1) / max(1, round(s.warmup * total)))
-        warm = min(1.0, i / max(1, o.momentum_warmup))
-        warm = min(warm, (total - i - 1) / max(1, o.momentum_cooldown))
-        mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm)
+        warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
+        cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
+        mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
         steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start))
         start += st.tokens
     return steps
@@ -1384,7 +1390,7 @@ class Bank:
         """Name of each state tensor -> its owned slice; `adam` has a step count beside."""
         if self.group.kind == "muon":
             return {"momentum": self.momentum}
-        state = self.adam.state[self.own]
+        state = self.adam.state.get(self.own, {})
         return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
 
 
@@ -1455,7 +1461,7 @@ class Optimizer:
                 for name, (offset, p) in bank.slots.items():
                     part = full[offset : offset + p.numel()].view(p.shape)
                     out.setdefault(name, {})[key] = part.cpu().clone()
-            if bank.group.kind == "adam" and bank.adam.state:
+            if bank.group.kind == "adam" and bank.adam.state.get(bank.own):
                 for name in bank.slots:
                     out[name]["step"] = bank.adam.state[bank.own]["step"].cpu().clone()
         return out
@@ -1463,6 +1469,7 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         for bank in self.banks:
+            bank.reset()
             first = state.get(next(iter(bank.slots)), {})
             for key in set(first) - {"step"}:
                 full = torch.zeros_like(bank.data)
@@ -1539,7 +1546,7 @@ class Corpus:
         if not corpus.splits.get("train"):
             raise InputError(f"{root} holds no train shards (*train*.bin)")
         if dev:
-            corpus.splits["dev"] = [Shard.open(Path(dev))]
+            corpus.name_dev(Path(dev))
         corpus.hold_out_dev()
         return corpus
 
@@ -1571,6 +1578,14 @@ class Corpus:
         ]
         return cls({k: v for k, v in splits.items() if v}, 50_257, 50_256, rows, None)
 
+    def name_dev(self, path: Path) -> None:
+        """Makes a file the dev split; where it is a train shard, it is trained on no more."""
+        held = Shard.open(path)
+        rest = [s for s in self.splits["train"] if not s.path.samefile(path)]
+        if not rest:
+            raise InputError(f"--dev {path} is the only train shard")
+        self.splits |= {"dev": [held], "train": rest}
+
     def hold_out_dev(self) -> None:
         """Where there is no dev split, the end of one train shard becomes it (DESIGN 'Splits')."""
         if self.splits.get("dev"):
@@ -1587,19 +1602,18 @@ class Corpus:
         return sum(s.tokens for s in self.splits.get(split, ()))
 
     def check_digests(self) -> list[dict]:
-        """Hashes every file, compares with the manifest; the rows for the log's header."""
-        folder = self.splits["train"][0].path.parent
+        """Hashes every file in use, compares with the manifest; the rows for the log's header."""
+        said = {Path(row["name"]).name: row.get("sha256") for row in self.files}
+        used = [(split, s) for split, shards in self.splits.items() for s in shards]
+        paths = list(dict.fromkeys(s.path for _, s in used))
         with ThreadPoolExecutor() as pool:
-            digests = list(
-                pool.map(lambda row: sha256(folder / Path(row["name"]).name), self.files)
-            )
-        for row, digest in zip(self.files, digests, strict=True):
-            if row.get("sha256", digest) != digest:
-                raise InputError(f"{folder / row['name']} is not what manifest.json says: sha256")
-        keys = ("name", "split", "tokens")
+            digests = dict(zip(paths, pool.map(sha256, paths), strict=True))
+        for path, digest in digests.items():
+            if (said.get(path.name) or digest) != digest:
+                raise InputError(f"{path} is not what manifest.json says: sha256")
         return [
-            {**{k: row[k] for k in keys}, "sha256": digest}
-            for row, digest in zip(self.files, digests, strict=True)
+            {"name": s.path.name, "split": split, "tokens": s.tokens, "sha256": digests[s.path]}
+            for split, s in used
         ]
 
 
@@ -1740,6 +1754,13 @@ def micro_rows(rows: int, row: int, micro_batch_tokens: int) -> int:
 # ---- 8. Run log ---------------------------------------------------------------------------------
 
 
+def sync(path: Path) -> None:
+    """A file's or folder's content to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 class RunLog:
     """run.log for people, run.jsonl for programs: a hash chain catches edits, not forgery."""
 
@@ -1778,13 +1799,19 @@ class RunLog:
 
     def offsets(self) -> dict[str, int]:
         files = {"log": self.folder / "run.log", "jsonl": self.folder / "run.jsonl"}
+        for path in files.values():
+            if path.exists():
+                sync(path)
         return {k: p.stat().st_size if p.exists() else 0 for k, p in files.items()}
 
     def truncate(self, offsets: dict[str, int], h: str) -> None:
-        """Back to where a checkpoint was saved."""
-        if self.active:
-            for key, name in (("log", "run.log"), ("jsonl", "run.jsonl")):
-                os.truncate(self.folder / name, offsets[key])
+        """Back to where a checkpoint was saved; InputError where the logs do not reach so far."""
+        for key, name in (("log", "run.log"), ("jsonl", "run.jsonl")):
+            file = self.folder / name
+            if self.active and (not file.is_file() or file.stat().st_size < offsets[key]):
+                raise InputError(f"{file} is shorter than its checkpoint says: start a new run")
+            if self.active:
+                os.truncate(file, offsets[key])
         self.h = h
 
 
@@ -1825,7 +1852,7 @@ def joules(world: World) -> float | None:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(world.device.index or 0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(world.device))
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
     except Exception:  # any failure of an optional meter
         return None
@@ -1838,7 +1865,7 @@ def process_age() -> float:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return uptime - started / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
-        return time.process_time()
+        return time.time() - IMPORTED_AT
 
 
 def git_state() -> dict | None:
@@ -1867,19 +1894,23 @@ def save_checkpoint(folder: Path, state: dict, meta: dict, keep: int) -> Path:
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     (aside / "DONE").touch()
     for path in (*aside.iterdir(), aside):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    shutil.rmtree(final, ignore_errors=True)
+        sync(path)
+    if final.exists():  # of the same step: kept until the new one stands
+        os.rename(final, folder / f".old.{final.name}")
     os.rename(aside, final)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    sync(folder)
+    for left in (
+        *folder.glob(".old.*"),
+        *folder.glob(".step_*"),
+        *sorted(folder.glob("step_*"))[:-keep],
+    ):
+        shutil.rmtree(left, ignore_errors=True)
     return final
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder itself, or the newest whole one of a run folder."""
-    path = Path(path)
+    path = Path(path).resolve()
     if (path / "DONE").is_file():
         return path
     whole = [p for p in sorted(path.glob("ckpt/step_*")) if (p / "DONE").is_file()]
@@ -1938,7 +1969,11 @@ class Hooks:
 
 def windows(long: int, device: torch.device) -> Tensor:
     """[2] int32: the long window, and half of it in whole blocks for the other layers."""
-    return torch.tensor([long, max(BLOCK, long // 2 // BLOCK * BLOCK)]).int().to(device)
+    both = torch.tensor([long, max(BLOCK, long // 2 // BLOCK * BLOCK)], dtype=torch.int32)
+    # A copy from pageable memory would make the host wait for all that the device has to do.
+    if torch.device(device).type == "cpu":
+        return both
+    return both.pin_memory().to(device, non_blocking=True)
 
 
 class Clock:
@@ -1977,11 +2012,27 @@ class Trainer:
         self.steps = plan_steps(self.cfg, self.budget())
         if not self.steps:
             raise InputError("too few tokens for one step: train on more text or smaller --stages")
+        self.check_more()
         self.data_digests = self.corpus.check_digests()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
         self.compile_s, self.warm, self.stop = 0.0, False, False
         self.folder: Path | None = None
         self.set_up()
+
+    def check_more(self) -> None:
+        """What needs the data and the disk to be found wrong, still before any GPU work."""
+        run, data = self.cfg.run, self.cfg.data
+        if run.resume:
+            find_checkpoint(run.resume)
+        elif run.run_id and (Path(run.out) / run.run_id / "run.jsonl").exists():
+            folder = Path(run.out) / run.run_id
+            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+        if self.cfg.model.vocab < self.corpus.vocab:
+            raise InputError(f"--vocab {self.cfg.model.vocab}: the data has {self.corpus.vocab}")
+        rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
+        odd = sorted(r for r in rows if r % BLOCK)
+        if odd and run.device != "cpu" and torch.cuda.is_available():
+            raise InputError(f"rows of {odd} tokens: on a GPU they are multiples of {BLOCK}")
 
     def budget(self) -> int:
         """Tokens to train; refuses more than the text has (`passes` times)."""
@@ -2375,6 +2426,8 @@ class Run:
             "window": at.window,
             "arm": self.cfg.model.arm,
             "config": self.cfg.flat(),
+            "data": self.trainer.data_digests,
+            "steps": len(self.steps),
             "log": self.log.offsets(),
             "h": self.log.h,
         }
@@ -2393,9 +2446,16 @@ class Run:
         if differ:
             said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
             raise InputError(f"{path} was saved with other settings: {said}")
+        if meta["data"] != self.trainer.data_digests or meta["steps"] != len(self.steps):
+            raise InputError(f"{path} was trained on other files, or for another number of steps")
         self.trainer.model.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        self.world.barrier()  # every rank has read it
+        if self.world.main:  # what came after it belongs to a run that now does not happen
+            for later in path.parent.glob("step_*"):
+                if int(later.name[5:]) > meta["step"]:
+                    shutil.rmtree(later)
         self.open_log(path.parents[1])
         self.log.truncate(meta["log"], meta["h"])
         self.log.event("resume", f"from {path} at step {meta['step']}")
@@ -2404,7 +2464,10 @@ class Run:
     def finish(self, status: str, done: int) -> dict:
         after, at = joules(self.world), self.steps[done - 1]
         cuda, seconds, tokens = self.world.cuda, self.clock.seconds, at.start + at.tokens
-        spent = None if after is None or self.energy is None else after - self.energy
+        spent = math.nan if after is None or self.energy is None else after - self.energy
+        spent = float(
+            self.world.sum(torch.tensor(spent, dtype=torch.float64, device=self.world.device))
+        )
         end = {
             "status": status,
             "code": EXIT_CODES[status],
@@ -2415,7 +2478,7 @@ class Run:
             "tokens_per_s": round(tokens / max(1e-9, seconds), 1),
             "peak_alloc": torch.cuda.max_memory_allocated() if cuda else None,
             "peak_reserved": torch.cuda.max_memory_reserved() if cuda else None,
-            "joules": spent,
+            "joules": None if math.isnan(spent) else spent,  # of all GPUs, validation included
         }
         self.log.write("end", **end)
         memory = f", peak {end['peak_alloc'] / 1e9:.2f} GB" if cuda else ""
@@ -2441,12 +2504,24 @@ def train(cfg: Config, *, hooks: Hooks | None = None) -> dict:
     return Trainer(cfg, hooks).run()
 
 
+def smaller(trainer: Trainer | None) -> str:
+    """The one flag to change when memory is out."""
+    if trainer is None:
+        return "--micro-batch-tokens 32768"
+    rows, row = max(trainer.call_shape(s.tokens) for s in trainer.steps)
+    if rows > 1:
+        return f"--micro-batch-tokens {rows // 2 * row}"
+    return f"--row-tokens {row // 2}, or --val-row-tokens where it was validating"
+
+
 def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
     """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
     that ends before it has a folder leaves it where --out and --run-id say."""
     if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         after = dict(itertools.pairwise(argv))
         folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
+        if (folder / "run.jsonl").exists():  # another run's: nothing is written over
+            return
         folder.mkdir(parents=True, exist_ok=True)
     if folder is not None and folder.is_dir() and int(os.environ.get("RANK", 0)) == 0:
         (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
@@ -2470,9 +2545,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     except NonFinite as e:
         code, reason = EXIT_CODES["non-finite"], str(e)
     except torch.OutOfMemoryError:
-        half = max(1, trainer.cfg.data.micro_batch_tokens // 2) if trainer else 32_768
-        code = EXIT_CODES["memory"]
-        reason = f"out of GPU memory: run again with --micro-batch-tokens {half}"
+        code, reason = EXIT_CODES["memory"], f"out of GPU memory: run again with {smaller(trainer)}"
     except SystemExit as e:
         if e.code != EXIT_CODES["signal"]:
             raise

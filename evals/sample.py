@@ -63,7 +63,7 @@ def trained_context(meta: dict) -> int:
 
 def next_token(logits: torch.Tensor, how: Sampling, gen: torch.Generator) -> int:
     """Draws from logits [V], fp32, on the CPU."""
-    if how.temperature == 0:
+    if how.temperature == 0 or how.top_k == 1:
         return int(logits.argmax())
     if 0 < how.top_k < logits.numel():
         least = logits.topk(how.top_k).values[-1]

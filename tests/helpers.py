@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -146,15 +147,15 @@ def tiny(data: Path | str, out: Path | str, **changes) -> T.Config:
         **{"val_row_tokens": 64, "val_call_tokens": 256, "val_tokens": 512, "dev_tokens": 512},
         **{"stages": (T.Stage(1.0, 256, 1.0, (128, 128)),), "tokens": 256 * 8, "looks": 2},
         **{"matrix_lr": 0.02, "momentum_warmup": 4, "momentum_cooldown": 2},
+        **{"embed_lr": 0.1, "value_lr": 0.1, "cooldown": 0.45, "ext_window": 0, "passes": 2},
         **{"save_final": False, "data": str(data), "out": str(out)},
     }
     return T.make_config("demo", **{**small, **changes})
 
 
-def tiny_argv(data: Path | str, out: Path | str, **changes) -> list[str]:
-    """The command line of `tiny`."""
-    argv = ["--preset", "demo"]
-    base, cfg = T.make_config("demo").flat(), tiny(data, out, **changes)
+def argv_of(cfg: T.Config) -> list[str]:
+    """The command line that says what `cfg` is."""
+    argv, base = ["--preset", cfg.preset], T.make_config(cfg.preset).flat()
     for name, value in cfg.flat().items():
         if value != base[name]:
             flag = name.replace("_", "-")
@@ -163,6 +164,10 @@ def tiny_argv(data: Path | str, out: Path | str, **changes) -> list[str]:
             else:
                 argv += [f"--{flag}", str(value)]
     return argv
+
+
+def tiny_argv(data: Path | str, out: Path | str, **changes) -> list[str]:
+    return argv_of(tiny(data, out, **changes))
 
 
 def read_log(run: Path | str, kind: str | None = None) -> list[dict]:
@@ -210,7 +215,7 @@ def free_port() -> int:
 
 def _rank(rank: int, size: int, port: int, work, folder: str, args: tuple) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     result = work(*args)
     torch.save(result, f"{folder}/rank{rank}.pt")
@@ -220,7 +225,14 @@ def _rank(rank: int, size: int, port: int, work, folder: str, args: tuple) -> No
 def on_ranks(size: int, work, folder: Path, *args) -> list:
     """What `work(*args)`, a function of a module, returns on each of `size` gloo processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(
-        _rank, (size, free_port(), work, str(folder), args), nprocs=size, join=True
-    )
+    for attempt in range(3):
+        try:
+            torch.multiprocessing.spawn(
+                _rank, (size, free_port(), work, str(folder), args), nprocs=size, join=True
+            )
+            break
+        except torch.multiprocessing.ProcessRaisedException as e:
+            # The port was free a moment ago: someone else may have taken it since.
+            if attempt == 2 or not re.search("EADDRINUSE|[Aa]ddress already in use", str(e)):
+                raise
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,15 +134,7 @@ sys.exit(T.main(sys.argv[1:], lambda cfg: T.Hooks(after_step=after_step)))
 
 
 def argv_of(data, out, **changes) -> list[str]:
-    cfg = config(data, out, **changes).flat()
-    base = T.make_config("demo").flat()
-    argv = ["--preset", "demo"]
-    for key, value in cfg.items():
-        if value != base[key]:
-            flag = key.replace("_", "-")
-            one = isinstance(value, bool)
-            argv += [f"--{'' if value else 'no-'}{flag}"] if one else [f"--{flag}", str(value)]
-    return argv
+    return H.argv_of(config(data, out, **changes))
 
 
 def run_child(which: str, data, out, **changes) -> subprocess.CompletedProcess:
@@ -264,6 +257,35 @@ def test_other_settings_are_refused(whole, text_data, tmp_path, capsys):
     T.train(cfg)
     a, b = H.losses(run), H.losses(whole)
     assert a[:4] == b[:4] and a == pytest.approx(b, abs=2e-5)
+
+
+def test_other_data_is_refused(whole, text_data, tmp_path, capsys):
+    """The same settings over another text: not the same run."""
+    run = copy_until(whole, tmp_path, 4)
+    texts = [t[::-1] for t in H.docstrings(60_000)]
+    data = H.write_corpus(tmp_path / "d", {s: [H.tokens_of(texts)] for s in T.SPLITS})
+    assert T.main([*argv_of(data, tmp_path), "--resume", str(run)]) == 2
+    assert "other files" in capsys.readouterr().err
+    assert without_times(run) == without_times(whole)
+
+
+def test_shortened_logs_are_refused(whole, text_data, tmp_path, capsys):
+    """A log that does not reach to its checkpoint cannot be gone on with."""
+    run = copy_until(whole, tmp_path, 9)
+    os.truncate(run / "run.jsonl", 500)
+    assert T.main([*argv_of(text_data, tmp_path), "--resume", str(run)]) == 2
+    assert "run.jsonl is shorter" in capsys.readouterr().err
+
+
+def test_going_back_drops_the_later_checkpoints(whole, text_data, tmp_path):
+    """From an older checkpoint: what came after it belongs to a run that does not happen."""
+    run = copy_until(whole, tmp_path, 5)
+    shutil.copytree(whole / "ckpt", run / "ckpt", dirs_exist_ok=True)
+    cfg = config(text_data, tmp_path, save_every=0, resume=str(run / "ckpt/step_00000005"))
+    T.train(cfg)
+    saved = [int(p.name[5:]) for p in sorted((run / "ckpt").iterdir())]
+    assert saved == [1, 2, 3, 4, 5, 12]
+    assert_same(state_of(run), state_of(whole))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])

@@ -62,7 +62,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--value-tables", "5"], ["--value-tables 5"]),
         (["--stages", "0.5:2048:1:256-256"], ["shares must sum to 1"]),
         (["--stages", "1:2052:1:256-256"], ["tokens by 8"]),
-        (["--stages", "1:4104:1:256-256"], ["tokens are not whole rows of 256"]),
+        (["--stages", "1:4104:1:256-256"], ["tokens are not whole rows of"]),
         (["--stages", "1:0:1:256-256"], ["tokens by 8"]),
         (["--stages", "1:2048:1:0-256"], ["windows must be > 0"]),
         (["--row-tokens", "0"], ["rows must hold tokens"]),
@@ -217,7 +217,7 @@ def test_bad_data(tmp_path, capsys):
 
 def test_too_few_tokens(tmp_path, capsys):
     data = H.write_corpus(tmp_path / "d", {"train": [ramp(3000)], "dev": [ramp(300)]})
-    said = refusal([*demo(data, tmp_path), "--tokens", "1_000_000"], capsys)
+    said = refusal([*demo(data, tmp_path), "--tokens", "1_000_000", "--passes", "2"], capsys)
     assert "--tokens 1000000 is more than 2 pass(es) over the 3000 train tokens" in said
     assert "--passes" in said
     tiny = H.write_corpus(tmp_path / "t", {"train": [ramp(500)], "dev": [ramp(300)]})
@@ -295,7 +295,7 @@ def test_the_command_line_is_the_config():
         608,
     )
     assert m.arm == argv[3], "recorded verbatim"
-    assert cfg.schedule.tokens == 1000 and cfg.data.row_tokens == 256
+    assert cfg.schedule.tokens == 1000 and cfg.data.val_row_tokens == 256
     assert cfg.schedule.stages == (
         T.Stage(0.5, 512, 1.0, (128, 128)),
         T.Stage(0.5, 1024, 0.5, (128, 256)),
@@ -381,7 +381,7 @@ def test_the_speedrun_schedule():
         *[131_072] * 2,
         *[262_144, 393_216, 393_216],
     ]
-    assert (steps[0].window, steps[199].window, steps[-1].window) == (256, 640, 1792)
+    assert (steps[0].window, steps[199].window, steps[-1].window) == (128, 640, 1792)
     windows = [s.window for s in steps]
     assert windows == sorted(windows)
     assert [steps[i].lr for i in (0, 199, 200, 329)] == [1.0, 1.0, 1.52, 1.52]
@@ -395,7 +395,8 @@ def test_the_speedrun_schedule():
 
 
 def test_warm_up_of_the_rate():
-    cfg = T.make_config("demo", warmup=0.1, cooldown=0.2, lr_floor=0.0)
+    stages = (T.Stage(1.0, 2048, 1.0, (256, 256)),)
+    cfg = T.make_config("demo", stages=stages, warmup=0.1, cooldown=0.2, lr_floor=0.0)
     lr = [s.lr for s in T.plan_steps(cfg, 2048 * 100)]
     assert lr[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert lr[10:81] == [1.0] * 71

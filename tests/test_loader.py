@@ -332,8 +332,12 @@ def test_dev_of_published_shards_is_the_end_of_shard_000001(tmp_path):
     assert (corpus.vocab, corpus.eot, corpus.bytes_of) == (50_257, 50_256, None)
     assert whole(corpus.splits["dev"]).tolist() == list(range(850, 1000))
     assert whole(corpus.splits["train"]).tolist() == [*range(850), *range(1000, 3000)]
-    assert {row["split"] for row in corpus.check_digests()} == {"train", "val"}
-    assert all(len(row["sha256"]) == 64 for row in corpus.check_digests())
+    rows = corpus.check_digests()
+    assert all(row["sha256"] == T.sha256(tmp_path / row["name"]) for row in rows)
+    said = {(row["name"], row["split"], row["tokens"]) for row in rows}
+    assert ("fineweb_val_000000.bin", "val", 50) in said
+    assert ("fineweb_train_000001.bin", "train", 850) in said
+    assert ("fineweb_train_000001.bin", "dev", 150) in said
 
 
 def test_a_named_dev_shard(tmp_path):
@@ -341,3 +345,11 @@ def test_a_named_dev_shard(tmp_path):
     other = H.write_shard(tmp_path / "other.bin", np.arange(77))
     corpus = T.Corpus.open(str(data), str(other))
     assert (corpus.tokens("train"), corpus.tokens("dev")) == (1000, 77)
+    assert {row["name"] for row in corpus.check_digests()} >= {"other.bin"}, "it is in the log"
+
+
+def test_a_train_shard_named_as_dev_is_not_trained_on(tmp_path):
+    data = H.write_corpus(tmp_path, {"train": [np.arange(500), np.arange(500, 900)]})
+    corpus = T.Corpus.open(str(data), str(data / "tokens_train_000001.bin"))
+    assert whole(corpus.splits["dev"]).tolist() == list(range(500, 900))
+    assert whole(corpus.splits["train"]).tolist() == list(range(500))
