@@ -155,7 +155,7 @@ class ScheduleConfig:
     passes: int = knob(1, "how often the train text may be read")
     warmup: float = knob(0.0, "share of the steps in which lr rises from 0")
     cooldown: float = knob(0.45, "share of the steps in which lr falls to lr_floor, linearly")
-    lr_floor: float = knob(0.1, "lr factor at the last step")
+    lr_floor: float = knob(0.1, "lr factor that the cooldown falls to")
     ext_window: int = knob(2560, "long window of val_loss_ext, tokens (0: as trained)")
 
 
@@ -560,7 +560,7 @@ def _(a, b, scale_a, scale_b, out_dtype, fast):
 
 
 def to_fp8(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """x / scale in FP8, saturating: torch's own cast would turn an overflow into NaN."""
+    """x / scale in FP8, saturating: on a GPU torch's own cast may turn an overflow into NaN."""
     top = torch.finfo(dtype).max
     return (x.float() * (1 / scale)).clamp(-top, top).to(dtype)
 
@@ -1706,7 +1706,7 @@ class Batch:
 
 def make_batch(stream: TokenStream, start: int, rows: int, row: int, limit: int = 0) -> Batch:
     """Rows [start + i row, ... + row) of the stream; targets are the tokens after. With `limit`,
-    targets at absolute positions beyond it are -1 and their inputs 0."""
+    targets at absolute positions beyond it are -1."""
     n = rows * row
     tokens, first = stream.read(start, n + 1)
     targets = tokens[1:].astype(np.int64)
@@ -2348,7 +2348,8 @@ class Run:
         cfg, run_id = self.cfg, self.cfg.run.run_id
         if not run_id:
             arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
-            box = [f"{stamp}_{cfg.preset}_{arm}_s{cfg.run.seed}"]
+            seeds = f"s{cfg.run.seed}-{cfg.data.data_seed}"
+            box = [f"{stamp}_{cfg.preset}_{arm}_{seeds}"]
             if self.world.size > 1:
                 dist.broadcast_object_list(box)
             run_id = box[0]
