@@ -37,7 +37,6 @@ from evals import sample
 TIMED_STEPS = 10
 FEWEST_STEPS = 20
 LAST_SECONDS = 15.0  # samples, plot, checkpoints
-LOOKS = 3  # dev evaluations of a run, the final one included
 PROMPT, SAMPLE_BYTES = "Return the ", 300
 ONE_SEED = "n = 1: says nothing about which arm is better"
 
@@ -232,6 +231,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
                     xycoords=("axes fraction", "data"),
                     textcoords="offset points",
                     ha="right",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
                 )
         axis.set_xlabel(name)
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -239,7 +239,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
     lowest = min(float(r.looks[:, 2].min()) for r in results)
     axes[0].set_ylim(min(lowest, gzip_known(about) or lowest) - 0.2, 6)
     axes[0].set_ylabel("bits a byte")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper right")
     figure.suptitle(ONE_SEED, fontsize=9)
     figure.savefig(path, dpi=150, facecolor="white")
     pyplot.close(figure)
@@ -304,9 +304,7 @@ def demo(args: argparse.Namespace) -> Path:
         raise T.InputError("--arms names an arm twice")
     end = time.monotonic() + 60 * args.minutes
     folder = args.out / time.strftime(f"%Y%m%d-%H%M%S_demo_{os.getpid()}")
-    make = functools.partial(
-        T.make_config, "demo", data=str(args.data), out=str(folder), looks=LOOKS
-    )
+    make = functools.partial(T.make_config, "demo", data=str(args.data), out=str(folder))
     bad = [problem for arm in args.arms for problem in T.check_config(make(arm=arm))]
     if bad:
         raise T.InputError("; ".join(dict.fromkeys(bad)))
