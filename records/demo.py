@@ -36,6 +36,7 @@ from evals import sample
 
 TIMED_STEPS = 10
 FEWEST_STEPS = 20
+DATA_SEED = 1  # documents shuffled: in the files' order, module by module, dev is 0.2 bits worse
 LAST_SECONDS = 15.0  # samples, plot, checkpoints
 PROMPT, SAMPLE_BYTES = "Return the ", 300
 ONE_SEED = "n = 1: says nothing about which arm is better"
@@ -212,6 +213,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    lowest = gzip_known(about) or 6.0
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
     for axis, column, name in zip(axes, (0, 1), ("training tokens", "training seconds")):
         for i, r in enumerate(results):
@@ -220,6 +222,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
             n = max(1, len(y) // 40)
             smooth = np.convolve(y, np.ones(n) / n, "valid")
             axis.plot(x[n - 1 :], smooth, color=colour, linewidth=1.6, label=r.arm)
+            lowest = min(lowest, smooth.min(), r.looks[:, 2].min())
             axis.plot(r.looks[:, column], r.looks[:, 2], "o", color=colour, label=f"{r.arm}, dev")
         for label, value in (("bigram", about.get("bigram")), ("gzip -9", gzip_known(about))):
             if value:
@@ -236,8 +239,7 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
         axis.set_xlabel(name)
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.grid(color="#dddddd", linewidth=0.5)
-    lowest = min(float(r.looks[:, 2].min()) for r in results)
-    axes[0].set_ylim(min(lowest, gzip_known(about) or lowest) - 0.2, 6)
+    axes[0].set_ylim(lowest - 0.2, 6)
     axes[0].set_ylabel("bits a byte")
     axes[0].legend(frameon=False, loc="upper right")
     figure.suptitle(ONE_SEED, fontsize=9)
@@ -304,7 +306,9 @@ def demo(args: argparse.Namespace) -> Path:
         raise T.InputError("--arms names an arm twice")
     end = time.monotonic() + 60 * args.minutes
     folder = args.out / time.strftime(f"%Y%m%d-%H%M%S_demo_{os.getpid()}")
-    make = functools.partial(T.make_config, "demo", data=str(args.data), out=str(folder))
+    make = functools.partial(
+        T.make_config, "demo", data=str(args.data), out=str(folder), data_seed=DATA_SEED
+    )
     bad = [problem for arm in args.arms for problem in T.check_config(make(arm=arm))]
     if bad:
         raise T.InputError("; ".join(dict.fromkeys(bad)))
