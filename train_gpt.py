@@ -2017,6 +2017,7 @@ class Trainer:
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
         self.compile_s, self.warm, self.stop = 0.0, False, False
         self.folder: Path | None = None
+        self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.set_up()
 
     def check_more(self) -> None:
@@ -2390,6 +2391,7 @@ class Run:
             "arm": cfg.model.arm,
             "preset": cfg.preset,
             "track": cfg.run.track,
+            "labels": trainer.labels,
             "seed": cfg.run.seed,
             "data_seed": cfg.data.data_seed,
             "argv": sys.argv,
