@@ -24,6 +24,7 @@ import gc
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1976,6 +1977,16 @@ def windows(long: int, device: torch.device) -> Tensor:
     return both.pin_memory().to(device, non_blocking=True)
 
 
+def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
+    """sha256 of the files that run: trainer, a user's arm, a variant's model."""
+    files, arm = {"trainer": Path(__file__)}, parse_arm(cfg.model.arm)[0]
+    if ".py:" in arm:
+        files["arm"] = Path(arm.rpartition(":")[0])
+    if hooks.model is not None:
+        files["variant"] = Path(inspect.getfile(hooks.model))
+    return {name: sha256(path) for name, path in files.items()}
+
+
 class Clock:
     """Training seconds: the device is drained wherever it starts or stops."""
 
@@ -1997,9 +2008,9 @@ class Clock:
 class Trainer:
     """A model, its optimizer, its data and its compiled graphs.
 
-    `run` trains once from the start; `reset(seed, data_seed)` then starts afresh in place, so that
-    one compilation serves many seeds. Raises InputError before any GPU work where the data cannot
-    serve the schedule.
+    `run` trains once from the start; `reset` then starts afresh in place, so that one compilation
+    serves many seeds and budgets; `park` frees memory in between. Raises InputError before any GPU
+    work where the data cannot serve the schedule.
     """
 
     def __init__(self, cfg: Config, hooks: Hooks | None = None, world: World | None = None):
@@ -2009,9 +2020,7 @@ class Trainer:
         self.hooks = hooks or Hooks()
         self.corpus = Corpus.open(cfg.data.data, cfg.data.dev)
         self.cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
-        self.steps = plan_steps(self.cfg, self.budget())
-        if not self.steps:
-            raise InputError("too few tokens for one step: train on more text or smaller --stages")
+        self.plan()
         self.check_more()
         self.data_digests = self.corpus.check_digests()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
@@ -2019,6 +2028,12 @@ class Trainer:
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.set_up()
+        self.source_sha256 = source_digests(self.cfg, self.hooks)  # now: this process may live long
+
+    def plan(self) -> None:
+        self.steps = plan_steps(self.cfg, self.budget())
+        if not self.steps:
+            raise InputError("too few tokens for one step: train on more text or smaller --stages")
 
     def check_more(self) -> None:
         """What needs the data and the disk to be found wrong, still before any GPU work."""
@@ -2045,6 +2060,16 @@ class Trainer:
             )
         return s.tokens or min(s.most_tokens, have * s.passes)
 
+    def new_model(self) -> nn.Module:
+        """A model as the seed has it, on the CPU: also in what a user's plain modules draw."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.run.seed)
+        length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
+        make = self.hooks.model or (lambda cfg, length, dtype: GPT(cfg.model, length, dtype))
+        model = make(cfg, length, self.dtype)
+        init_parameters(model, cfg.run.seed)
+        return model
+
     def set_up(self) -> None:
         cfg, world, hooks = self.cfg, self.world, self.hooks
 
@@ -2053,11 +2078,7 @@ class Trainer:
             return auto if name == "auto" else getattr(torch, name)
 
         self.dtype = dtype(cfg.run.dtype)
-        length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
-        make = hooks.model or (lambda cfg, length, dtype: GPT(cfg.model, length, dtype))
-        self.model = make(cfg, length, self.dtype)
-        init_parameters(self.model, cfg.run.seed)
-        self.model.to(world.device)
+        self.model = self.new_model().to(world.device)
         if hooks.optimizer is not None:
             self.optimizer = hooks.optimizer(self.model, cfg, world)
         else:
@@ -2072,22 +2093,44 @@ class Trainer:
             configure_compiler()
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
 
-    def reset(self, seed: int, data_seed: int = 0) -> None:
-        """Weights, optimizer and data order as a new process with these seeds would have them."""
-        self.cfg = self.cfg.with_(seed=seed, data_seed=data_seed, run_id="", resume="")
-        init_parameters(self.model, seed)
+    def reset(
+        self, seed: int, data_seed: int = 0, *, tokens: int | None = None, run_id: str = ""
+    ) -> None:
+        """Everything as a new process would have it with these seeds, this budget (None: the same
+        as before) and this run_id. A budget changes how many steps a stage has and no shape."""
+        tokens = self.cfg.schedule.tokens if tokens is None else tokens
+        changes = {"seed": seed, "data_seed": data_seed, "tokens": tokens, "run_id": run_id}
+        self.cfg = self.cfg.with_(**changes, resume="")
+        self.plan()
+        self.stop, self.folder = False, None
+        if self.warm:
+            self.start()
+        else:
+            self.warm_up()
+
+    def start(self) -> None:
+        """Weights, buffers, random numbers (a user's dropout) and optimizer as at step 0."""
+        self.model.load_state_dict(self.new_model().state_dict())
         self.optimizer.reset()
-        self.stop = False
+
+    def park(self) -> None:
+        """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
+        tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context."""
+        self.warm = False  # reset warms up again, or the clock would pay for allocations
+        gc.collect()
+        if self.world.cuda:
+            torch.cuda.empty_cache()
 
     def warm_up(self) -> None:
-        """Compiles and runs every graph that the run needs; after it a recompile is an error."""
+        """Compiles and runs every graph that the stages need, whatever the budget; after it a
+        recompile is an error."""
         if self.warm:
             return
         began = time.perf_counter()
         dynamo = torch._dynamo.config
         dynamo.error_on_recompile = False
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
-        for rows, row in sorted({self.call_shape(step.tokens) for step in self.steps}):
+        for rows, row in sorted({self.call_shape(s.tokens) for s in self.cfg.schedule.stages}):
             self.announce(f"training graph, {rows} x {row} tokens a call")
             step = dataclasses.replace(self.steps[0], tokens=rows * row * self.world.size)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
@@ -2095,9 +2138,9 @@ class Trainer:
         self.evaluate("dev", self.steps[-1].window, calls=1)
         self.world.synchronize()
         dynamo.error_on_recompile = self.cfg.run.compile
-        self.compile_s, self.warm = time.perf_counter() - began, True
-        init_parameters(self.model, self.cfg.run.seed)
-        self.optimizer.reset()
+        self.compile_s = self.compile_s or time.perf_counter() - began  # later ones compile nothing
+        self.warm = True
+        self.start()
 
     def announce(self, what: str) -> None:
         if self.world.main and self.cfg.run.compile:
@@ -2202,35 +2245,51 @@ class Reporter:
         slopes = [flops_per_token(trainer.model, *keys) - base for keys in ((1, 0), (0, 1))]
         self.flops = (base, *slopes)  # linear in the mean keys of long and short layers
         self.waiting: list[tuple] = []
-        self.last, self.stopping = clock.seconds, False
+        self.began = self.last = clock.seconds
+        self.mark: torch.cuda.Event | None = None
+        self.stopping = False
+
+    def start(self) -> None:
+        """Starts the clock. On a GPU a step's time is the device's own: the host, which is ahead
+        of it by a launched step, would book a step's end late."""
+        self.began = self.clock.seconds
+        self.clock.start()
+        self.mark = self.event()
+
+    def event(self) -> torch.cuda.Event | None:
+        if not self.world.cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def push(self, step: Step, batch: Batch, figures: tuple[Tensor, Tensor]) -> None:
         """Queues a step that was launched; the one before it is read meanwhile."""
         keys = [batch.mean_keys(int(w)) for w in windows(step.window, torch.device("cpu"))]
-        values, event = torch.cat([figures[0], figures[1].view(1)]), None
+        values = torch.cat([figures[0], figures[1].view(1)])
         if self.world.cuda:
             host = torch.empty(3, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            values, event = host, torch.cuda.Event()
-            event.record()
-        self.waiting.append((step, values, event, keys))
+            values = host
+        self.waiting.append((step, values, self.event(), keys))
         self.settle(keep=1 if self.world.cuda else 0)
 
     def settle(self, keep: int = 0) -> None:
         while len(self.waiting) > keep:
             step, values, event, keys = self.waiting.pop(0)
+            now = self.clock.now()
             if event is not None:
                 event.synchronize()
+                now = self.began + self.mark.elapsed_time(event) / 1000
             loss, stop, norm = values.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}"
                 self.log.event("non-finite", text)
                 raise NonFinite(text)
             self.stopping = self.stopping or stop > 0
-            self.report(step, loss, norm, keys)
+            self.report(step, now, loss, norm, keys)
 
-    def report(self, step: Step, loss: float, norm: float, keys: list[float]) -> None:
-        now = self.clock.now()
+    def report(self, step: Step, now: float, loss: float, norm: float, keys: list[float]) -> None:
         ms, self.last = 1000 * (now - self.last), now
         rate, done = step.tokens / ms * 1000, step.index + 1
         flops = self.flops[0] + self.flops[1] * keys[0] + self.flops[2] * keys[1]
@@ -2281,7 +2340,7 @@ class Run:
         every = self.cfg.run.save_every
         batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
         gc.collect()
-        self.clock.start()
+        self.reporter.start()
         for step, batch in zip(steps, batches, strict=True):
             self.reporter.push(step, batch, self.trainer.train_step(step, batch))
             done = step.index + 1
@@ -2306,7 +2365,7 @@ class Run:
         self.reporter.settle()
         self.clock.stop()
         yield
-        self.clock.start()
+        self.reporter.start()
 
     def stop_on_signal(self, done: int) -> None:
         self.reporter.settle()
@@ -2381,9 +2440,6 @@ class Run:
         """What a reader needs to know of a run (DESIGN 'Run')."""
         cfg, trainer, last = self.cfg, self.trainer, self.steps[-1]
         have, trained = trainer.corpus.tokens("train"), last.start + last.tokens
-        sources, arm = {"trainer": sha256(Path(__file__))}, parse_arm(cfg.model.arm)[0]
-        if ".py:" in arm:
-            sources["arm"] = sha256(Path(arm.rpartition(":")[0]))
         keys = windows(last.window, torch.device("cpu")).tolist()
         return {
             "schema": SCHEMA,
@@ -2396,7 +2452,7 @@ class Run:
             "data_seed": cfg.data.data_seed,
             "argv": sys.argv,
             "config": cfg.flat(),
-            "source_sha256": sources,
+            "source_sha256": trainer.source_sha256,
             "git": git_state(),
             "env": self.env,
             "data": trainer.data_digests,
@@ -2530,11 +2586,16 @@ def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> 
         (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
 
 
-def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
-    """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
+def set_environment() -> None:
+    """What every training process sets before its first GPU work."""
     # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
+
+
+def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
+    """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
+    set_environment()
     argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:
         cfg = parse_args(argv)

@@ -452,7 +452,7 @@ def try_flex(torch) -> str:
     reference = torch.nn.functional.scaled_dot_product_attention
     results = []
     for y in (attend(*qkv, block_mask=mask), reference(*qkv, is_causal=True)):
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), qkv)])
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), qkv)])
     worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results))
     if not worst < 2e-2:
         raise RuntimeError(f"it differs from torch's attention by {worst:.1e}")

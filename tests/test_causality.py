@@ -3,10 +3,11 @@ every preset, a user's arm; and the check itself refuses what it must."""
 
 from __future__ import annotations
 
-import causality
 import helpers as H
 import pytest
-from causality import NoPower, NotCausal, check_causal
+
+from records import causality
+from records.causality import NoPower, NotCausal, check_causal
 
 T = H.T
 PRESETS = ("speedrun", "plain", "demo")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import helpers as H
 import pytest
 import torch
-from causality import check_causal
 
+from records.causality import check_causal
 from variants import gpt2
 
 T = H.T

@@ -299,7 +299,7 @@ def test_model_and_optimizer_hooks(text_data, tmp_path):
 
     cfg = H.tiny(text_data, tmp_path, run_id="other", tokens=256 * 40)
     result = T.train(cfg, hooks=T.Hooks(model=model, optimizer=optimizer))
-    assert made == [(H.BYTE_VOCAB, 64, torch.float32)]
+    assert set(made) == {(H.BYTE_VOCAB, 64, torch.float32)}
     curve = H.losses(tmp_path / "other")
     assert curve[-1] < curve[0] - 0.5 and result["status"] == "done"
 

@@ -1,5 +1,5 @@
-"""`check_causal`: does anything before a token move when that token changes? Needs no pytest, so
-that `compare` can ask it of every arm before its clock starts.
+"""`check_causal`: does anything before a token move when that token changes? `compare` asks it of
+every arm before its clock starts, and so do the tests.
 
 A published "12 % win" of differential attention was measured with a GroupNorm over time, whose
 statistics see the future: a loss like that is worth nothing, and nothing in it looks wrong.
@@ -7,17 +7,11 @@ statistics see the future: a loss like that is worth nothing, and nothing in it 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import train_gpt as T  # noqa: E402
+import train_gpt as T
 
 LENGTH = 96
 WINDOWS = (48, 25)  # long and short layers, tokens: below a row, so that both bind
