@@ -1,0 +1,402 @@
+"""A GPT with softmax or differential attention; needs torch and transformers, nothing else.
+
+Copied as it is into every folder that evals/export.py writes, and loaded from there by
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+Documents: an end-of-text id in `input_ids` opens a new one, and attention stays within it.
+Padding: `attention_mask` alone, on either side. Positions are rotary, so that it does not matter
+where in its row a sequence starts, or learned ("gpt2"), and then they count what is not padding.
+What is computed in fp32 here is so in training, too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_nca import NCAConfig
+
+
+def norm(x):
+    """x / RMS(x) over the last dimension, no gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_table(start, length, dim, kind):
+    """cos, sin [length, 1, dim / 2] of positions start, start + 1, ...: pairs are (j, j + dim / 2).
+
+    "half": dim / 4 frequencies from 1 to 1/1024 radians a token, the other pairs stand still;
+    "full": base 10,000. In fp64 on the CPU: in fp32 far positions are wrong, and no buffer of a
+    custom model survives from_pretrained unaided.
+    """
+    if kind == "half":
+        n = dim // 4
+        freq = (1 / 1024) ** (torch.arange(n, dtype=torch.float64) / max(1, n - 1))
+        freq = torch.cat([freq, freq.new_zeros(dim // 2 - n)])
+    else:
+        freq = 10_000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(start, start + length, dtype=torch.float64)[:, None, None] * freq
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, table):
+    """RoPE on x [B, T, H, D], computed in fp32."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+
+class Rows:
+    """The T tokens of this call beside all S that the cache and they make: who sees whom.
+
+    documents: [B, S] running number; real: [B, S] False at padding.
+    """
+
+    def __init__(self, documents, real, length):
+        self.documents, self.real, self.length, self.masks = documents, real, length, {}
+
+    @classmethod
+    def of(cls, input_ids, attention_mask, end_of_text, cache, slot):
+        """Adds the call's tokens to the cache's `slot`, as whatever reorders, selects or crops a
+        cache does it to all its layers."""
+        length = input_ids.size(1)
+        starts = (input_ids == end_of_text).long()
+        real = torch.ones_like(starts)
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or attention_mask.size(1) < length:
+                raise ValueError(
+                    f"attention_mask {tuple(attention_mask.shape)} must be [batch, tokens], 0 at "
+                    "padding; documents are what end-of-text ids separate"
+                )
+            real = (attention_mask[:, -length:] != 0).long()
+        documents = starts.cumsum(1)
+        if cache is not None:
+            while len(cache.layers) <= slot:
+                cache.layers.append(DynamicLayer())
+            if cache.get_seq_length(slot):
+                documents = documents + cache.layers[slot].keys[:, 0, -1].to(documents.device)
+            documents, real = (t[:, None, :, None] for t in (documents, real))
+            documents, real = (t[:, 0, :, 0] for t in cache.update(documents, real, slot))
+        return cls(documents, real != 0, length)
+
+    @property
+    def positions(self):
+        """[B, T] number of real tokens before each, in its row."""
+        return (self.real.long().cumsum(1) - 1).clamp(min=0)[:, -self.length :]
+
+    def mask(self, window, second_window, heads):
+        """Bool [B, 1 or heads, T, S]: causal, same document, real, within the window. A token sees
+        itself, padding too: a softmax over nothing is NaN, and NaN spreads through v."""
+        key = (window, second_window, heads if second_window else 1)
+        if key not in self.masks:
+            total = self.documents.size(1)
+            at = torch.arange(total, device=self.documents.device, dtype=torch.int32)
+            back = at[total - self.length :, None] - at
+            same = self.documents[:, -self.length :, None] == self.documents[:, None, :]
+            seen = (same & self.real[:, None, :] & (back > 0))[:, None]
+            near = back < window
+            if second_window:
+                pair = torch.stack([near, near & (back < second_window)])
+                near = pair.repeat(heads // 2, 1, 1)
+            self.masks[key] = (seen & near) | (back == 0)
+        return self.masks[key]
+
+
+class Softmax(nn.Module):
+    """The attention of one block with all that the arms share; subclasses combine two maps."""
+
+    def __init__(self, config, block, slot):
+        super().__init__()
+        self.spec, self.slot, d = config.blocks[block]["attention"], slot, config.hidden_size
+        self.qk_norm, spec, bias = config.qk_norm, self.spec, config.bias
+        self.q = nn.Linear(d, spec["query_heads"] * spec["key_dim"], bias=bias)
+        self.k = nn.Linear(d, spec["key_heads"] * spec["key_dim"], bias=bias)
+        self.v = nn.Linear(d, spec["value_heads"] * spec["value_dim"], bias=bias)
+        self.o = nn.Linear(spec["heads"] * spec["value_dim"], d, bias=bias)
+        self.gate = nn.Linear(12, spec["heads"], bias=False) if config.gate else None
+        self.xsa = nn.Parameter(torch.zeros(spec["heads"])) if config.xsa else None
+        mixes = spec["value_table"] is not None
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+
+    def project(self, x, tables, rotary):
+        """q, k [B, T, H, key_dim], normed and rotated; v [B, T, H, value_dim], table mixed in."""
+        spec = self.spec
+        q, k = (f(x).unflatten(-1, (-1, spec["key_dim"])) for f in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (-1, spec["value_dim"]))
+        if self.qk_norm:
+            q, k = norm(q), norm(k)
+        if rotary:
+            q, k = (rotate(t, rotary[spec["key_dim"]]) for t in (q, k))
+        if self.value_mix is not None:
+            extra = tables[spec["value_table"]][..., : self.v.out_features].view_as(v)
+            c = self.value_mix.to(v.dtype)
+            v = c[0] * v + c[1] * extra
+        return q, k, v
+
+    def attend(self, q, k, v, rows, windows):
+        """q [B, T, H, D] on k, v [B, H, S, D] -> [B, T, H, Dv]; query head n reads k and v head
+        n // (H / heads of k or v)."""
+        spec, heads = self.spec, q.size(2)
+        mask = rows.mask(windows[spec["window"]], spec["second_window"], heads)
+        # By hand: with enable_gqa and a mask, CUDA is left with the kernel that keeps all scores.
+        k, v = (t.repeat_interleave(heads // t.size(1), dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=spec["scale"])
+        return y.transpose(1, 2)
+
+    def combine(self, x, y):
+        """The heads' outputs y [B, T, query_heads, Dv] -> [B, T, heads, Dv]."""
+        return y
+
+    def forward(self, x, tables, rotary, rows, windows, cache):
+        q, k, v = self.project(x, tables, rotary)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.slot)
+        y = self.combine(x, self.attend(q, keys, values, rows, windows))
+        if self.xsa is not None:
+            v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
+            along = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
+            y = y - torch.tanh(self.xsa.to(y.dtype))[:, None] * along * v
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))[..., None]
+        return self.o(y.flatten(2))
+
+
+class DiffV2(Softmax):
+    """a1 - sigmoid(lambda(x)) a2, both maps on the same keys and values; heads 2i, 2i + 1 pair."""
+
+    def __init__(self, config, block, slot):
+        super().__init__(config, block, slot)
+        self.lam = nn.Linear(config.hidden_size, self.spec["heads"])
+
+    def combine(self, x, y):
+        a1, a2 = y.unflatten(2, (-1, 2)).unbind(3)
+        return a1 - torch.sigmoid(self.lam(x))[..., None] * a2
+
+
+class DiffV1(Softmax):
+    """RMSnorm(a1 - lambda a2) (1 - lambda_init), lambda a scalar of four vectors (2410.05258)."""
+
+    def __init__(self, config, block, slot):
+        super().__init__(config, block, slot)
+        self.lambda_qk = nn.Parameter(torch.zeros(4, self.spec["key_dim"]))  # q1, k1, q2, k2
+        self.head_gain = nn.Parameter(torch.ones(self.spec["value_dim"]))
+
+    def combine(self, x, y):
+        start = self.spec["lambda_init"]
+        q1, k1, q2, k2 = self.lambda_qk.float().unbind(0)
+        lam = torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + start
+        a1, a2 = y.float().unflatten(2, (-1, 2)).unbind(3)
+        y = F.rms_norm(a1 - lam * a2, (y.size(-1),), self.head_gain.float(), eps=1e-5)
+        return (y * (1 - start)).to(x.dtype)
+
+
+ARMS = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2}
+
+
+class LayerNorm(nn.LayerNorm):
+    """In fp32, whatever the weights' dtype."""
+
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x):
+        return norm(x)
+
+
+def make_norm(config):
+    return LayerNorm(config.hidden_size) if config.family == "gpt2" else RMSNorm()
+
+
+class MLP(nn.Module):
+    """relu(x W1)^2 W2, or GPT-2's tanh form of GELU between the two."""
+
+    def __init__(self, config, block):
+        super().__init__()
+        self.gelu = config.family == "gpt2"
+        d, width, bias = config.hidden_size, config.blocks[block]["mlp"], config.bias and self.gelu
+        self.up, self.down = nn.Linear(d, width, bias), nn.Linear(width, d, bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.down(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square())
+
+
+class NCABlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config, block, slot):
+        super().__init__()
+        spec = config.blocks[block]["attention"]
+        self.norm_attn = make_norm(config) if spec else None
+        self.attn = ARMS[spec["arm"]](config, block, slot) if spec else None
+        self.norm_mlp, self.mlp = make_norm(config), MLP(config, block)
+
+    def forward(self, x, *context):
+        dtype = self.mlp.up.weight.dtype
+        if self.attn is not None:
+            x = x + self.attn(self.norm_attn(x).to(dtype), *context)
+        return x + self.mlp(self.norm_mlp(x).to(dtype))
+
+
+class NCAPreTrainedModel(PreTrainedModel):
+    config_class = NCAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("NCABlock",)
+    _supports_sdpa = True
+    # The trainer computes with these in fp32; together they are a few thousand numbers.
+    _keep_in_fp32_modules_strict = (
+        *("lambda_qk", "head_gain", "residual_mix", "norm_attn", "norm_mlp", "norm_out"),
+    )
+
+
+class NCAModel(NCAPreTrainedModel):
+    """Everything up to the head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        d, self.gpt2 = config.hidden_size, config.family == "gpt2"
+        self.embed = nn.Embedding(config.vocab_size, d)
+        slots, self.slot = [], 0  # of the cache: a block with attention has one, documents the last
+        for block in config.blocks:
+            slots.append(self.slot)
+            self.slot += block["attention"] is not None
+        self.blocks = nn.ModuleList(NCABlock(config, i, slot) for i, slot in enumerate(slots))
+        self.norm_out = make_norm(config)
+        self.dims = {b["attention"]["key_dim"] for b in config.blocks if b["attention"]}
+        if self.gpt2:
+            self.position = nn.Embedding(config.max_position_embeddings, d)
+        else:
+            self.residual = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(len(slots), 1))
+            self.residual_mix = nn.Parameter(torch.tensor([-1.5, 0.5]))  # skip, backout
+        self.values = nn.ModuleList(nn.Embedding(config.vocab_size, w) for w in config.value_tables)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, value):
+        self.embed = value
+
+    def embedded(self, input_ids, rows):
+        """[B, T, d]: fp32 in GPT-2, whose residual stream is."""
+        x = self.embed(input_ids)
+        if not self.gpt2:
+            return norm(x)
+        if rows.documents.size(1) > self.position.num_embeddings:
+            raise ValueError(
+                f"{rows.documents.size(1)} tokens: this model has learned "
+                f"{self.position.num_embeddings} positions"
+            )
+        return x.float() + self.position(rows.positions).float()
+
+    def rotary(self, start, length, device):
+        """{head dimension: (cos, sin)} for the call's positions; {} without RoPE."""
+        if self.config.rotary is None:
+            return {}
+        tables = {dim: rotary_table(start, length, dim, self.config.rotary) for dim in self.dims}
+        return {dim: tuple(t.to(device) for t in pair) for dim, pair in tables.items()}
+
+    def check(self, input_ids, inputs_embeds, cache):
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("give input_ids: documents and value embeddings are looked up by them")
+        if cache is not None and cache.is_compileable:
+            raise ValueError("static caches are not supported: leave out cache_implementation")
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        """input_ids [B, T]; attention_mask [B, T] or with what the cache holds, 0 at padding."""
+        config, cache = self.config, past_key_values
+        self.check(input_ids, inputs_embeds, cache)
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        start = 0 if cache is None else cache.get_seq_length(self.slot)
+        rows = Rows.of(input_ids, attention_mask, config.eos_token_id, cache, self.slot)
+        rotary = self.rotary(start, input_ids.size(1), input_ids.device)
+        tables = [table(input_ids) for table in self.values]
+        x = x0 = self.embedded(input_ids, rows)
+        states = [x]  # [i + 1]: the output of block i
+        for i, block in enumerate(self.blocks):
+            if config.skip and i == config.skip[1]:
+                x = x + torch.sigmoid(self.residual_mix[0]).to(x.dtype) * states[config.skip[0] + 1]
+            if config.x0:
+                a, b = self.residual[i].to(x.dtype)
+                x = a * x + b * x0
+            x = block(x, tables, rotary, rows, config.windows, cache)
+            states.append(x)
+        if config.backout >= 0:
+            x = x - self.residual_mix[1].to(x.dtype) * states[config.backout + 1]
+        x = self.norm_out(x).to(self.embed.weight.dtype)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,
+        )
+
+
+class NCAForCausalLM(NCAPreTrainedModel, GenerationMixin):
+    """The model with its head: logits fp32, over the vocabulary without the trainer's padding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012 - where tied
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NCAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """labels [B, T]: input_ids, or -100 where the loss, in nats, does not count.
+        logits_to_keep: the last n positions (0: all), or their indices."""
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        some = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        z, cap = self.lm_head(out.last_hidden_state[:, some]).float(), self.config.softcap
+        logits = cap * torch.sigmoid(z * (4 / cap)) if cap else z
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
