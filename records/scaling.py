@@ -1,0 +1,100 @@
+"""The same steps at several world sizes: `python -m records.scaling FOLDER` prints, from the logs,
+what more GPUs save and whether they compute the same.
+
+Efficiency = (mean train seconds on 1 GPU / GPUs) / train seconds. Losses are compared step by step:
+runs of one world size differ by the noise of the GPU's atomics alone, so two world sizes agree
+where they differ by no more than that. FOLDER/resumed/ holds runs that went on at another world
+size than they began with; they are compared with the run that they came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from records.logs import Run, load_run, load_runs
+
+RANGES = ((0, 1), (1, 5), (5, 25), (25, 50), (50, 75), (75, 100))  # in percent of the steps
+
+
+def stage_ms(run: Run) -> list[float]:
+    """Median ms a step of each stage, its first step left out."""
+    stages = sorted({s["stage"] for s in run.steps})
+    by_stage = [[s["ms"] for s in run.steps if s["stage"] == stage][1:] for stage in stages]
+    return [statistics.median(ms) for ms in by_stage]
+
+
+def rms(a: Run, b: Run, low: int, high: int) -> float:
+    """Root mean square of the losses' differences over steps low to high, nats."""
+    pairs = zip(a.steps[low:high], b.steps[low:high], strict=True)
+    return math.sqrt(statistics.fmean((x["loss"] - y["loss"]) ** 2 for x, y in pairs))
+
+
+def speed(runs: list[Run]) -> list[str]:
+    one = [r for r in runs if r.header["world"] == 1]
+    base = statistics.fmean(r.end["train_s"] for r in one) if one else math.nan
+    stages = [statistics.fmean(ms) for ms in zip(*map(stage_ms, one), strict=True)]
+    lines = ["| run | GPUs | train s | tokens/s | a GPU | efficiency | by stage | peak GB | kJ |"]
+    lines += ["| --- " + "| ---: " * 8 + "|"]
+    for r in runs:
+        n, end = r.header["world"], r.end
+        of = [f"{b / n / ms:.1%}" for b, ms in zip(stages, stage_ms(r), strict=True)]
+        kj = "-" if end["joules"] is None else f"{end['joules'] / 1000:.1f}"
+        lines.append(
+            f"| {r.path.parent.name} | {n} | {end['train_s']:.2f} | {end['tokens_per_s']:,.0f} | "
+            f"{end['tokens_per_s'] / n:,.0f} | {base / n / end['train_s']:.1%} | {' / '.join(of)} "
+            f"| {(end['peak_alloc'] or 0) / 1e9:.2f} | {kj} |"
+        )
+    return lines
+
+
+def agreement(pairs: list[tuple[Run, Run]]) -> list[str]:
+    steps = len(pairs[0][0].steps)
+    ranges = [(low * steps // 100, high * steps // 100) for low, high in RANGES]
+    titles = [f"{low + 1}-{high}" if high > low + 1 else f"{high}" for low, high in ranges]
+    lines = ["| runs | GPUs | " + " | ".join(titles) + " | dev loss |"]
+    lines += ["| --- | --- " + "| ---: " * (len(titles) + 1) + "|"]
+    for a, b in pairs:
+        worlds = f"{a.header['world']}, {b.header['world']}"
+        gap = b.final("dev_loss") - a.final("dev_loss")
+        cells = [f"{rms(a, b, *r):.1e}" if rms(a, b, *r) else "0" for r in ranges]
+        names = f"{a.path.parent.name}, {b.path.parent.name}"
+        lines.append(f"| {names} | {worlds} | {' | '.join(cells)} | {gap:+.4f} |")
+    return lines
+
+
+def report(folder: Path) -> str:
+    """The tables of a folder in Markdown; ValueError where it has no finished run on one GPU."""
+    runs = [r for r in load_runs(folder) if r.done]
+    if not any(r.header["world"] == 1 for r in runs):
+        raise ValueError(f"{folder} has no finished run on one GPU to compare with")
+    resumed = [load_run(p) for p in sorted(folder.glob("resumed/*/run.jsonl"))]
+    came_from = {r.run_id: r for r in runs}
+    text = [*speed(runs), "", "Root mean square of the differences of the losses, by step:", ""]
+    text += agreement(list(itertools.combinations(runs, 2)))
+    if resumed:
+        text += ["", "Resumed half-way at another world size, against the run that went on"]
+        text[-1] += " (GPUs: those of the first half):"
+        text += [""]
+        text += agreement([(came_from[r.run_id], r) for r in resumed])
+    return "\n".join(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("folder", type=Path)
+    args = p.parse_args(argv)
+    try:
+        print(report(args.folder))
+    except ValueError as e:
+        print(f"scaling.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
