@@ -9,7 +9,7 @@ root=$(cd "$(dirname "$0")" && pwd)
 at=$root/ # in front of the repository's paths; the user's own start from where the user is
 if [ "$PWD" = "$root" ]; then at=; fi
 venv=${at}.venv/bin/python torch=torch
-tested="torch numpy hub data plot records hf test"
+tested="torch numpy hub data plot records hf eval test"
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }
 die() { say "$*" && exit 2; }
@@ -141,6 +141,9 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   speedrun) speedrun asked "$@" ;; # trains on FineWeb-Edu, or --data DIR, with the NVIDIA GPUs here
   demo) go torch numpy +plot -- "${at}records/demo.py" "$@" ;; # two small models on a CPU, minutes
   data) go numpy $more -- "${at}data/get.py" "$@" ;; # downloads tokens, or tokenises text
+  look) go torch numpy +data -- "${at}evals/look.py" "$@" ;; # a web page of where the heads look
+  compare) go torch numpy records +plot -- "${at}records/compare.py" "$@" ;; # arms, block by block
+  export) go torch numpy hf +data -- "${at}evals/export.py" "$@" ;; # writes a Hugging Face folder
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
   doctor) go -- "${at}data/doctor.py" "$@" ;; # says what this machine has, and what would run
   test) cd "$root" && go $tested -- -m pytest -q -n auto --maxprocesses 8 "$@" ;; # runs the tests

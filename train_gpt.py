@@ -1223,10 +1223,9 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     tensors that two arms share start byte-identical. A parameter without `init` (a user's plain
     module) keeps the value that it was built with."""
     for name, p in model.named_parameters():
-        kind, *args = getattr(p, "init", None) or ("as built",)
-        if kind == "as built":
-            p.init = ("value", p.detach().clone())
+        if getattr(p, "init", None) is None:
             continue
+        kind, *args = p.init
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         value = torch.empty(p.shape)
@@ -1237,8 +1236,6 @@ def init_parameters(model: nn.Module, seed: int) -> None:
             value.uniform_(-bound, bound, generator=gen)
         elif kind == "columns":
             value.copy_(torch.tensor(args).expand(p.shape))
-        elif kind == "value":
-            value.copy_(args[0])
         else:
             value.fill_(0.0 if kind == "zeros" else args[0])
         with torch.no_grad():

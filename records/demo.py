@@ -1,5 +1,6 @@
 """The whole path on a CPU, in minutes: two small models, one with softmax, one with differential
-attention, on the docstrings of this machine's Python; a table, a plot and a text of each.
+attention, on the docstrings of this machine's Python; a table, a plot, a text of each, and a page
+that shows where their heads look.
 
     ./run.sh demo [--minutes 5] [--arms softmax diff_v2] [--out DIR] [--data DIR]
 
@@ -32,12 +33,12 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import docstrings, shards
-from evals import sample
+from evals import look, sample
 
 TIMED_STEPS = 10
 FEWEST_STEPS = 20
 DATA_SEED = 1  # documents shuffled: in the files' order, module by module, dev is 0.2 bits worse
-LAST_SECONDS = 15.0  # samples, plot, checkpoints
+LAST_SECONDS = 15.0  # samples, plot, page, checkpoints
 PROMPT, SAMPLE_BYTES = "Return the ", 300
 ONE_SEED = "n = 1: says nothing about which arm is better"
 
@@ -259,7 +260,7 @@ def text_of(folder: Path) -> str:
 
 
 def show(results: list[Result], about: dict, folder: Path) -> None:
-    """Prints table, plot and texts, and keeps them in `folder`."""
+    """Prints table, plot and texts, and keeps them in `folder`, with a page of the heads."""
     out = [table(results, about), ""]
     for r in results:
         said = "\n".join("    " + line for line in text_of(r.folder).splitlines())
@@ -269,6 +270,8 @@ def show(results: list[Result], about: dict, folder: Path) -> None:
         out.append(f"plot: {folder / 'demo.png'}")
     except ImportError as e:
         out.append(f"no plot: {e.name} is not installed")
+    page = look.write([r.folder for r in results], look.TEXT, folder / "look.html")
+    out.append(f"where the heads look, for a browser: {page}")
     out += [
         "What next:",
         f"    ./run.sh sample {results[-1].folder} --prompt 'Raises'    more text of this model",
@@ -298,8 +301,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def demo(args: argparse.Namespace) -> Path:
-    """All of it; the folder with the runs, demo.png and demo.txt. InputError before any training,
-    NonFinite and SystemExit(75) as the trainer."""
+    """All of it; the folder with the runs, demo.png, demo.txt and look.html. InputError before any
+    training, NonFinite and SystemExit(75) as the trainer."""
     if not (math.isfinite(args.minutes) and args.minutes > 0):
         raise T.InputError(f"--minutes {args.minutes}: more than 0")
     if len(set(args.arms)) < len(args.arms):

@@ -51,7 +51,9 @@ def test_whole_path(text, tmp_path, capsys, monkeypatch):
         (text / docstrings.ABOUT).unlink()
     (folder,) = tmp_path.iterdir()
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"softmax", "diff_v2", "demo.txt"}
+    assert names >= {"softmax", "diff_v2", "demo.txt", "look.html"}
+    assert '"name":"softmax"' in (folder / "look.html").read_text("utf-8")
+    assert '"name":"diff_v2"' in (folder / "look.html").read_text("utf-8")
     tokens = set()
     said = (folder / "demo.txt").read_text()
     assert said in capsys.readouterr().out

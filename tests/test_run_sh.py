@@ -101,7 +101,7 @@ def test_usage(door, shell):
 
 def test_the_script_is_short():
     lines = (ROOT / "run.sh").read_text().splitlines()
-    assert len(lines) <= 150 and max(map(len, lines)) <= 100
+    assert len(lines) <= 160 and max(map(len, lines)) <= 100
 
 
 def test_bad_commands(door):
