@@ -136,7 +136,12 @@ case ${1:-} in
 esac
 command=$1
 shift
-case $command.${1:-} in data.text) more=+data ;; data.fineweb*) more=+hub ;; *) more= ;; esac
+case $command.${1:-} in
+  data.text) more=+data ;;
+  data.fineweb*) more=+hub ;;
+  records.replay) more=torch ;;
+  *) more= ;;
+esac
 case $command in # a line here is a command: its groups, its file, and its purpose for --help
   speedrun) speedrun asked "$@" ;; # trains on FineWeb-Edu, or --data DIR, with the NVIDIA GPUs here
   demo) go torch numpy +plot -- "${at}records/demo.py" "$@" ;; # two small models on a CPU, minutes
@@ -144,6 +149,7 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   look) go torch numpy +data -- "${at}evals/look.py" "$@" ;; # a web page of where the heads look
   compare) go torch numpy records +plot -- "${at}records/compare.py" "$@" ;; # arms, block by block
   export) go torch numpy hf +data -- "${at}evals/export.py" "$@" ;; # writes a Hugging Face folder
+  records) go numpy records $more -- "${at}records/leaderboard.py" "$@" ;; # check, replay
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
   doctor) go -- "${at}data/doctor.py" "$@" ;; # says what this machine has, and what would run
   test) cd "$root" && go $tested -- -m pytest -q -n auto --maxprocesses 8 "$@" ;; # runs the tests
