@@ -148,6 +148,7 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   data) go numpy $more -- "${at}data/get.py" "$@" ;; # downloads tokens, or tokenises text
   look) go torch numpy +data -- "${at}evals/look.py" "$@" ;; # a web page of where the heads look
   compare) go torch numpy records +plot -- "${at}records/compare.py" "$@" ;; # arms, block by block
+  eval) go torch numpy hf eval +data -- "${at}evals/harness.py" "$@" ;; # Evaluation Harness
   export) go torch numpy hf +data -- "${at}evals/export.py" "$@" ;; # writes a Hugging Face folder
   records) go numpy records $more -- "${at}records/leaderboard.py" "$@" ;; # check, replay
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
