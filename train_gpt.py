@@ -33,9 +33,11 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -513,6 +515,13 @@ class World:
         """full <- the slices `own` of all ranks in order; returns a handle to wait on."""
         op = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return op(full, own, async_op=True) if self.size > 1 else None
+
+    def gather(self, item) -> list:
+        """Each rank's (small, plain) object, in order, on every rank; for what is rare."""
+        items = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item)
+        return items
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -1371,20 +1380,24 @@ class Bank:
             )
 
     @torch.no_grad()
-    def update(self, lr: float, momentum: float, dtype: torch.dtype) -> None:
-        """One step on the owned slice. lr: the schedule's factor on the group's."""
+    def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
+        """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
+        device; where it is true, weights and state stay as they are, to the bit."""
         if self.group.kind == "adam":
             self.adam.param_groups[0]["lr"] = self.group.lr * lr
+            self.adam.found_inf = bad.float()
             self.adam.step()
             return
         rows, cols = self.matrix
+        # NaN x 0 is NaN, hence a choice: momentum drawn towards itself stays.
+        torch.where(bad, self.momentum, self.own_grad, out=self.own_grad)
         # Nesterov momentum as interpolations (TECHNIQUES 2.1), then one orthogonalisation a bank.
         self.momentum.lerp_(self.own_grad, 1 - momentum)
         u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
-        step = orthogonalize(u, dtype).to(self.own.dtype)
+        step = orthogonalize(u, dtype).masked_fill_(bad, 0).to(self.own.dtype)
         rate = self.group.lr * lr
         if self.group.wd:
-            self.own.mul_(1 - rate * self.group.wd)
+            self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
         self.own.view(-1, rows, cols).add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
@@ -1417,6 +1430,7 @@ class Optimizer:
             sorted_items.setdefault((group, shape), []).append((name, p))
         self.banks = [Bank(groups[k[0]], items, world) for k, items in sorted_items.items()]
         self.banks.sort(key=lambda b: b.data.numel())
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
 
     def zero_grad(self) -> None:
         for bank in self.banks:
@@ -1424,24 +1438,35 @@ class Optimizer:
 
     def reset(self) -> None:
         self.zero_grad()
+        self.bad.zero_()
         for bank in self.banks:
             bank.reset()
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> Tensor:
-        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss)."""
+    def step(self, lr: float, momentum: float, beside: Tensor | None = None) -> Tensor:
+        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss).
+
+        beside [n]: figures that are summed over ranks in place, in the norm's own collective. Where
+        the norm or one of them is not finite, `bad` becomes true and stays so: no rank updates
+        anything from this step on, and no host waited to find out.
+        """
         waits = [self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)]
         for wait in waits:
             if wait is not None:
                 wait.wait()
         squares = torch.stack(torch._foreach_norm([b.own_grad for b in self.banks])).square()
-        length = self.world.sum(squares.sum()).sqrt()
+        mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
+        sums = self.world.sum(torch.cat(mine))
+        self.bad.logical_or_(sums.isfinite().all().logical_not())
+        length = sums[0].sqrt()
+        if beside is not None:
+            beside.copy_(sums[1:])
         if self.clip:
             factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([b.own_grad for b in self.banks], factor)
         gathers = []
         for bank in self.banks:
-            bank.update(lr, momentum, self.muon_dtype)
+            bank.update(lr, momentum, self.muon_dtype, self.bad)
             gathers.append(self.world.all_gather(bank.data, bank.own))
         for wait in gathers:
             if wait is not None:
@@ -1469,6 +1494,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.bad.zero_()
         for bank in self.banks:
             bank.reset()
             first = state.get(next(iter(bank.slots)), {})
@@ -1950,7 +1976,7 @@ def load_model(
 
 
 class NonFinite(RuntimeError):
-    """Loss or gradient is not finite. Exit code 3."""
+    """Loss or gradient is not finite. Exit code 3; nothing was updated in that step or after."""
 
 
 EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
@@ -2156,6 +2182,14 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Forward, backward, update; nothing waits for the device. Returns, on it, ([mean loss,
         ranks that want to stop], gradient norm), over all ranks."""
+        stop = torch.full((), float(self.stop), device=self.world.device)
+        figures = torch.stack([self.gradients(step, batch), stop])
+        norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum, figures)
+        return figures, norm / LOSS_SCALE
+
+    def gradients(self, step: Step, batch: Batch) -> Tensor:
+        """Adds this rank's gradients of LOSS_SCALE x the step's mean loss to .grad; returns its
+        share of that mean, on the device."""
         device, mask = self.world.device, self.hooks.loss_mask
         counted = torch.full((), float(step.tokens), device=device)
         if mask is not None:
@@ -2163,7 +2197,7 @@ class Trainer:
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
         window, scale = windows(step.window, device), LOSS_SCALE / counted
-        total = torch.zeros(2, device=device)
+        total = torch.zeros((), device=device)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             part = part.to(device)
@@ -2171,10 +2205,29 @@ class Trainer:
             flat = h.detach().flatten(0, 1)
             losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
             h.backward(grad.view_as(h))
-            total[0] += losses.sum() / counted
-        total[1] += float(self.stop)
-        norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum)
-        return self.world.sum(total), norm / LOSS_SCALE
+            total += losses.sum() / counted
+        return total
+
+    def blame(self, step: Step, batch: Batch) -> str:
+        """Which rank and which tensor made `step` non-finite: computed once more, from the same
+        weights, as no update has touched them. Collective; every rank returns the same."""
+        self.optimizer.zero_grad()
+        loss = float(self.gradients(step, batch))
+        params = dict(self.model.named_parameters())
+        weights = [n for n, p in params.items() if not p.isfinite().all()]
+        # In the order of the way back: the head, blocks from the last, what all of them share.
+        way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
+        grads = [n for n in way if not params[n].grad.isfinite().all()]
+        found = ""
+        if weights:
+            found = f"the weight {weights[0]} is not finite"
+        elif grads:
+            found = f"loss {loss}, gradient of {grads[0]} first, {len(grads)} of {len(way)} tensors"
+        elif not math.isfinite(loss):
+            found = f"loss {loss}, all gradients finite"
+        said = [f"rank {i}: {text}" for i, text in enumerate(self.world.gather(found)) if text]
+        again = "computed once more it is finite on every rank: suspect the machine"
+        return "; ".join(said) or again
 
     def evaluate(self, split: str, long_window: int, calls: int = 0) -> dict:
         """See the function of the same name; `calls` limits each rank's (warm-up)."""
@@ -2235,11 +2288,14 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     }
 
 
+SPIKE = 10.0  # times the usual gradient norm
+
+
 class Reporter:
     """Reads a step's figures once the device has finished it, checks and logs them."""
 
     def __init__(self, trainer: Trainer, log: RunLog, clock: Clock, peak: float | None):
-        self.log, self.clock, self.peak = log, clock, peak
+        self.trainer, self.log, self.clock, self.peak = trainer, log, clock, peak
         self.world, self.total = trainer.world, len(trainer.steps)
         base = flops_per_token(trainer.model, 0, 0)
         slopes = [flops_per_token(trainer.model, *keys) - base for keys in ((1, 0), (0, 1))]
@@ -2247,7 +2303,9 @@ class Reporter:
         self.waiting: list[tuple] = []
         self.began = self.last = clock.seconds
         self.mark: torch.cuda.Event | None = None
-        self.stopping = False
+        self.stopping, self.done = False, 0
+        self.late = 1 if self.world.cuda else 0  # steps that the host reads behind the launched one
+        self.norms: deque[float] = deque(maxlen=64)
 
     def start(self) -> None:
         """Starts the clock. On a GPU a step's time is the device's own: the host, which is ahead
@@ -2271,23 +2329,35 @@ class Reporter:
             host = torch.empty(3, pin_memory=True)
             host.copy_(values, non_blocking=True)
             values = host
-        self.waiting.append((step, values, self.event(), keys))
-        self.settle(keep=1 if self.world.cuda else 0)
+        self.waiting.append((step, values, self.event(), keys, batch))
+        self.settle(keep=self.late)
 
     def settle(self, keep: int = 0) -> None:
         while len(self.waiting) > keep:
-            step, values, event, keys = self.waiting.pop(0)
+            step, values, event, keys, batch = self.waiting.pop(0)
             now = self.clock.now()
             if event is not None:
                 event.synchronize()
                 now = self.began + self.mark.elapsed_time(event) / 1000
             loss, stop, norm = values.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}"
+                where = self.trainer.blame(step, batch)
+                text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}; {where}"
                 self.log.event("non-finite", text)
                 raise NonFinite(text)
             self.stopping = self.stopping or stop > 0
             self.report(step, now, loss, norm, keys)
+            self.done = step.index + 1
+            self.watch(norm)
+
+    def watch(self, norm: float) -> None:
+        """The policy on spikes: a gradient norm above SPIKE times the median of the last 64 steps
+        is logged and nothing is skipped; --grad-clip bounds what it does."""
+        usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
+        if norm > SPIKE * usual:
+            text = f"step {self.done}: gradient norm {norm:.3g}, median before {usual:.3g}"
+            self.log.event("spike", text)
+        self.norms.append(norm)
 
     def report(self, step: Step, now: float, loss: float, norm: float, keys: list[float]) -> None:
         ms, self.last = 1000 * (now - self.last), now
@@ -2332,9 +2402,18 @@ class Run:
         else:
             self.begin()
         self.reporter = Reporter(trainer, self.log, self.clock, self.peak)
+        self.reporter.done = self.first
         self.energy = joules(self.world)
 
     def train(self) -> dict:
+        try:
+            return self.loop()
+        except NonFinite:
+            self.clock.stop()
+            self.finish("non-finite", self.reporter.done)
+            raise
+
+    def loop(self) -> dict:
         n, steps = len(self.steps), self.steps[self.first :]
         looks = {round(n * (i + 1) / self.cfg.run.looks) for i in range(self.cfg.run.looks)} - {n}
         every = self.cfg.run.save_every
@@ -2521,8 +2600,8 @@ class Run:
         self.clock, self.first = Clock(self.world, meta["train_s"]), meta["step"]
 
     def finish(self, status: str, done: int) -> dict:
-        after, at = joules(self.world), self.steps[done - 1]
-        cuda, seconds, tokens = self.world.cuda, self.clock.seconds, at.start + at.tokens
+        after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds
+        tokens = self.steps[done - 1].start + self.steps[done - 1].tokens if done else 0
         spent = math.nan if after is None or self.energy is None else after - self.energy
         spent = float(
             self.world.sum(torch.tensor(spent, dtype=torch.float64, device=self.world.device))
