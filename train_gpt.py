@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -366,7 +367,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
-    need(re.fullmatch(r"[\w.,=+-]*", r.run_id) is not None, f"--run_id {r.run_id!r}: plain names")
+    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
+    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
     return bad
 
 
@@ -1474,9 +1476,9 @@ class Optimizer:
         self.zero_grad()
         return length
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{parameter's name: {state's name: tensor of the parameter's shape}}, the same at any
-        world size; a collective call."""
+    def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
+        """{parameter's name: {state's name: tensor of the parameter's shape}}, in the CPU's memory,
+        the same at any world size. A collective call; a rank that does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key, own in bank.state().items():
@@ -1484,12 +1486,13 @@ class Optimizer:
                 if self.world.size > 1:
                     full = torch.empty_like(bank.data)
                     self.world.all_gather(full, own).wait()
-                for name, (offset, p) in bank.slots.items():
+                for name, (offset, p) in bank.slots.items() if wanted else ():
                     part = full[offset : offset + p.numel()].view(p.shape)
-                    out.setdefault(name, {})[key] = part.cpu().clone()
-            if bank.group.kind == "adam" and bank.adam.state.get(bank.own):
+                    out.setdefault(name, {})[key] = to_host(part)
+            if wanted and bank.group.kind == "adam" and bank.adam.state.get(bank.own):
                 for name in bank.slots:
-                    out[name]["step"] = bank.adam.state[bank.own]["step"].cpu().clone()
+                    out[name]["step"] = to_host(bank.adam.state[bank.own]["step"])
+        self.world.synchronize()
         return out
 
     @torch.no_grad()
@@ -1909,53 +1912,102 @@ def git_state() -> dict | None:
 # ---- 9. Checkpoint ------------------------------------------------------------------------------
 
 
+def to_host(t: Tensor) -> Tensor:
+    """A copy in the CPU's memory (pinned for a GPU), complete once the device is synchronised."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+
+
 def save_checkpoint(folder: Path, state: dict, meta: dict, keep: int) -> Path:
     """folder/step_%08d/{state.pt, meta.json, DONE}: written aside, synced, renamed; then all but
-    the newest `keep` go. A checkpoint is whole or absent."""
+    the newest `keep` go. A checkpoint is whole or absent; OSError where the disk does not take it,
+    and then nothing of it is left."""
     final = folder / f"step_{meta['step']:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    torch.save(state, aside / "state.pt")
-    meta = {**meta, "sha256": sha256(aside / "state.pt")}
-    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-    (aside / "DONE").touch()
-    for path in (*aside.iterdir(), aside):
-        sync(path)
+    try:
+        write_checkpoint(aside, state, meta)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if final.exists():  # of the same step: kept until the new one stands
         os.rename(final, folder / f".old.{final.name}")
     os.rename(aside, final)
     sync(folder)
-    for left in (
-        *folder.glob(".old.*"),
-        *folder.glob(".step_*"),
-        *sorted(folder.glob("step_*"))[:-keep],
-    ):
+    old = whole_checkpoints(folder)[:-keep]
+    for left in (*folder.glob(".old.*"), *folder.glob(".step_*"), *old):
         shutil.rmtree(left, ignore_errors=True)
     return final
 
 
+def write_checkpoint(folder: Path, state: dict, meta: dict) -> None:
+    """state.pt; meta.json with its digest; DONE with meta.json's. All of it is on the disk then."""
+    folder.mkdir(parents=True)
+    try:
+        with (folder / "state.pt").open("wb") as f:
+            torch.save(state, f)
+    except RuntimeError as e:  # while torch closes its archive on a disk that is full
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+    meta = {**meta, "sha256": sha256(folder / "state.pt")}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "DONE").write_text(sha256(folder / "meta.json"))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The finished ones of a ckpt folder, oldest first; they may have been damaged since."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(p for p in found if (p / "DONE").is_file())
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder itself, or the newest whole one of a run folder."""
+    """A checkpoint folder itself, or the newest finished one of a run folder."""
     path = Path(path).resolve()
     if (path / "DONE").is_file():
         return path
-    whole = [p for p in sorted(path.glob("ckpt/step_*")) if (p / "DONE").is_file()]
+    whole = whole_checkpoints(path / "ckpt")
     if not whole:
         raise InputError(f"{path} holds no whole checkpoint (ckpt/step_*/DONE)")
     return whole[-1]
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """(state, meta); InputError where it is damaged. Nothing untrusted is unpickled."""
-    path = find_checkpoint(path)
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(state, meta) of one folder; InputError where it is damaged. Nothing untrusted is unpickled:
+    `weights_only`."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        if sha256(path / "state.pt") != meta["sha256"]:
-            raise InputError(f"{path}/state.pt is damaged (sha256)")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as e:
-        raise InputError(f"{path} is no checkpoint: {e!r}") from None
+        if (folder / "DONE").read_text() not in ("", sha256(folder / "meta.json")):
+            raise InputError(f"{folder}/meta.json is damaged (sha256)")
+        meta = json.loads((folder / "meta.json").read_text())
+        if sha256(folder / "state.pt") != meta["sha256"]:
+            raise InputError(f"{folder}/state.pt is damaged (sha256)")
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
+        raise InputError(f"{folder} is no checkpoint: {e!r}") from None
+    except ValueError as e:  # of json and of text, and our own
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{folder} is no checkpoint: {e!r}") from None
+
+
+def open_checkpoint(path: str | Path) -> tuple[Path, dict, dict, list[str]]:
+    """(folder, state, meta, what was wrong with newer ones): of a run folder the newest that is
+    whole and undamaged; of a checkpoint folder that one. InputError where there is none."""
+    found = find_checkpoint(path)
+    own = found == Path(path).resolve()
+    wrong: list[str] = []
+    for folder in [found] if own else reversed(whole_checkpoints(found.parent)):
+        try:
+            return (folder, *read_checkpoint(folder), wrong)
+        except InputError as e:
+            wrong.append(str(e))
+    raise InputError("; ".join(wrong))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
+    """(state, meta) of `open_checkpoint`, which says on stderr what it passed over."""
+    folder, state, meta, wrong = open_checkpoint(path)
+    for text in wrong:
+        print(f"{text}: using {folder}", file=sys.stderr)
     return state, meta
 
 
@@ -2397,6 +2449,7 @@ class Run:
         if self.world.cuda:
             torch.cuda.reset_peak_memory_stats()
         self.clock, self.first = Clock(self.world), 0
+        self.writer, self.saving = ThreadPoolExecutor(1), None
         if self.cfg.run.resume:
             self.resume()
         else:
@@ -2410,8 +2463,12 @@ class Run:
             return self.loop()
         except NonFinite:
             self.clock.stop()
+            self.end_save()
             self.finish("non-finite", self.reporter.done)
             raise
+        finally:
+            self.end_save()
+            self.writer.shutdown()
 
     def loop(self) -> dict:
         n, steps = len(self.steps), self.steps[self.first :]
@@ -2431,13 +2488,16 @@ class Run:
             if every and done % every == 0 and done < n:  # after the look, which its log holds
                 with self.paused():
                     self.save(done)
+            self.end_save(wait=False)
             if self.reporter.stopping:
                 self.stop_on_signal(done)
         self.reporter.settle()
         self.clock.stop()
         if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
             self.save(n)
-        return {**self.look(n, final=True), **self.finish("done", n)}
+        losses = self.look(n, final=True)
+        self.end_save()
+        return {**losses, **self.finish("done", n)}
 
     @contextlib.contextmanager
     def paused(self):
@@ -2449,9 +2509,10 @@ class Run:
     def stop_on_signal(self, done: int) -> None:
         self.reporter.settle()
         self.clock.stop()
-        where = self.save(done)
+        self.save(done)
+        self.end_save()
         self.finish("signal", done)
-        self.log.say(f"stopped by a signal; saved {where}; go on with --resume {self.folder}")
+        self.log.say(f"stopped by a signal; go on with --resume {self.folder}")
         raise SystemExit(EXIT_CODES["signal"])
 
     def look(self, done: int, final: bool = False) -> dict:
@@ -2548,13 +2609,17 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int) -> Path | None:
-        """A checkpoint after `done` steps; collective."""
-        optimizer = self.trainer.optimizer.state_dict()
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps; collective. The state is copied to the host's memory
+        now, and a thread writes it while training goes on."""
+        self.end_save()
+        optimizer = self.trainer.optimizer.state_dict(self.world.main)
         if not self.world.main:
-            return None
-        model = {k: v.detach().cpu().clone() for k, v in self.trainer.model.state_dict().items()}
+            return
+        model = {k: to_host(v.detach()) for k, v in self.trainer.model.state_dict().items()}
         state = {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state()}
+        if self.world.cuda:
+            state["cuda_rng"] = torch.cuda.get_rng_state()
         at = self.steps[done - 1]
         meta = {
             "schema": SCHEMA,
@@ -2569,14 +2634,46 @@ class Run:
             "log": self.log.offsets(),
             "h": self.log.h,
         }
-        path = save_checkpoint(self.folder / "ckpt", state, meta, self.cfg.run.keep)
-        self.log.say(f"saved {path}")
-        return path
+        self.world.synchronize()
+        folder, keep = self.folder / "ckpt", self.cfg.run.keep
+        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
+
+    def end_save(self, wait: bool = True) -> None:
+        """Takes note of a checkpoint that was being written. Where the disk does not take it the
+        run goes on, loudly, and the one before it stands."""
+        if self.saving is None or not (wait or self.saving.done()):
+            return
+        job, self.saving = self.saving, None
+        try:
+            self.log.say(f"saved {job.result()}")
+        except OSError as e:
+            stands = [p.name for p in whole_checkpoints(self.folder / "ckpt")[-1:]]
+            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
+            self.log.event("warning", text)
 
     def resume(self) -> None:
         """Loads --resume and cuts the logs back to it; refuses other settings."""
-        path = find_checkpoint(self.cfg.run.resume)
-        state, meta = load_checkpoint(path)
+        path, state, meta, wrong = open_checkpoint(self.cfg.run.resume)
+        try:
+            self.restore(path, state, meta)
+            offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
+            h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise InputError(f"{path} does not fit: {e!r}") from None
+        self.world.barrier()  # every rank has read it
+        if self.world.main:  # what came after it belongs to a run that now does not happen
+            for later in whole_checkpoints(path.parent):
+                if later.name > path.name:
+                    shutil.rmtree(later)
+        self.open_log(path.parents[1])
+        self.log.truncate(offsets, h)
+        for text in wrong:
+            self.log.event("warning", f"{text}: passed over and removed")
+        self.log.event("resume", f"from {path} at step {first}")
+        self.clock, self.first = Clock(self.world, seconds), first
+
+    def restore(self, path: Path, state: dict, meta: dict) -> None:
+        """Weights, optimizer and random numbers of a checkpoint of the same run."""
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
         free -= {"seed", "dtype", "fp8"}
         mine, saved = self.cfg.flat(), meta["config"]
@@ -2589,15 +2686,8 @@ class Run:
         self.trainer.model.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        self.world.barrier()  # every rank has read it
-        if self.world.main:  # what came after it belongs to a run that now does not happen
-            for later in path.parent.glob("step_*"):
-                if int(later.name[5:]) > meta["step"]:
-                    shutil.rmtree(later)
-        self.open_log(path.parents[1])
-        self.log.truncate(meta["log"], meta["h"])
-        self.log.event("resume", f"from {path} at step {meta['step']}")
-        self.clock, self.first = Clock(self.world, meta["train_s"]), meta["step"]
+        if self.world.cuda and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self, status: str, done: int) -> dict:
         after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds

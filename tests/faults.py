@@ -1,7 +1,8 @@
 """One rank of a run with a fault: `faults.py FAULT TRAINER-ARGUMENTS`, by hand or under torchrun.
 
-FAULT: none | nan (the last rank's gradients, from step 5 on) | kill, oom or term (SIGTERM), all
-after step 6 and of the last rank | bad-input (rank 0, after step 6) | long (steps of 0.2 s). A fault happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the
+FAULT: none | nan (the last rank's gradients, from step 5 on) | kill, oom or term (SIGTERM), all of
+the last rank after step 6 | bad-input (rank 0 after step 6) | long (steps of 0.2 s). A fault
+happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the
 weights that a rank ended with.
 """
 
