@@ -62,8 +62,8 @@ class Subject:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> int:
-        """Starts or resumes it; the step that it goes on from. Without a checkpoint there is
-        nothing to go on from: the folder goes, and it starts anew."""
+        """Starts or resumes it; the step of its newest checkpoint. Without one there is nothing to
+        go on from: the folder goes, and it starts anew."""
         saved = self.saved()
         if not saved:
             shutil.rmtree(self.run, ignore_errors=True)
@@ -90,6 +90,11 @@ class Subject:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4000))
             found = re.findall(rb"^step:(\d+)/\d+ loss", f.read(), re.MULTILINE)
         return int(found[-1]) if found else 0
+
+    def resumed(self) -> int:
+        """The step that this process went on from: an older one where the newest was damaged."""
+        found = re.search(r"^\[resume\] .* at step (\d+)$", self.words.read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
 
     def wait_for(self, what) -> bool:
         """Until `what()` is true, or the process has ended: False."""
@@ -180,7 +185,7 @@ def damage_newest(how):
         saved = subject.saved()
         if len(saved) < 2 or any((p / "damaged").exists() for p in saved):
             return said
-        path = saved[-1] / rng.choice(["state.pt", "state.pt", "meta.json"])
+        path = saved[-1] / rng.choice(["state.pt", "state.pt", "meta.json", "DONE"])
         raw = path.read_bytes()
         done, raw = how(raw, rng)
         path.write_bytes(raw)
@@ -247,7 +252,7 @@ def disturb(subject: Subject, rng: random.Random, name: str) -> str:
             raise Failed(f"exit code {code} after {said}: {subject.last_words()}")
         if code == 75 and not subject.saved():
             raise Failed(f"exit code 75 after {said}, and no checkpoint")
-    return f"from step {first:4d}, at {subject.step():4d}: {said} -> {code}"
+    return f"from step {subject.resumed():4d}, at {subject.step():4d}: {said} -> {code}"
 
 
 def compare(a, b, where: str = "state") -> None:
