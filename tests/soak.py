@@ -86,7 +86,7 @@ class Subject:
     def step(self) -> int:
         """The last step that this process has told of; 0 before its first."""
         with self.words.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4000))
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 20_000))
             found = re.findall(rb"^step:(\d+)/\d+ loss", f.read(), re.MULTILINE)
         return int(found[-1]) if found else 0
 
