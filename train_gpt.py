@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
@@ -37,6 +38,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -183,6 +185,7 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
+    deterministic: bool = knob(False, "same bits in every run on one GPU; cost not yet measured")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
     final_val: bool = knob(True, "evaluate val once, at the end")
     out: str = knob("runs", "folder of run folders")
@@ -268,7 +271,12 @@ def parse_value(name: str, text: str):
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
-    except (ValueError, KeyError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # argparse makes a list of `--flag=--`
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
@@ -306,6 +314,9 @@ def config_from_flat(flat: dict) -> Config:
     return Config(preset=flat["preset"]).with_(**out)
 
 
+LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
+
+
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     """Everything that cannot run, one sentence each; needs neither GPU nor data."""
     m, s, d, r = cfg.model, cfg.schedule, cfg.data, cfg.run
@@ -317,8 +328,9 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
 
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
-        if f.type in ("int", "float") and name not in ("lambda_bias", "backout"):
-            need(value >= 0 and math.isfinite(value), f"--{name} {value} must be >= 0 and finite")
+        if f.type in ("int", "float"):
+            least = {"lambda_bias": -LARGEST, "backout": -1}.get(name, 0)
+            need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
@@ -350,6 +362,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     for st in s.stages:
         rows, row = step_rows(st.tokens, max(1, d.row_tokens))
         need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
+        need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
+        need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
         need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
         need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
         need(
@@ -404,9 +418,12 @@ def parse_args(argv: list[str]) -> Config:
                 errors.append(str(e))
     try:
         cfg = make_config(args.preset, **changes)
-        errors += check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     except InputError as e:
         errors.append(str(e))
+        changes["arm"] = "softmax"  # what else is wrong is said in the same breath
+        cfg = make_config(args.preset, **changes) if args.preset in PRESETS else None
+    if cfg is not None:
+        errors += check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if errors:
         raise InputError("; ".join(errors))
     return cfg
@@ -467,6 +484,9 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
 # ---- 2. World -----------------------------------------------------------------------------------
 
 
+PEER_SECONDS = 300  # a collective fails where a rank is missing for so long; compilation counts
+
+
 @dataclass
 class World:
     """Ranks and their collectives, which vanish at world size 1. CUDA and NCCL, or CPU and gloo."""
@@ -491,7 +511,8 @@ class World:
         if gpu:
             torch.cuda.set_device(where)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if gpu else "gloo")
+            limit = datetime.timedelta(seconds=PEER_SECONDS)
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=limit)
         return cls(where, rank, size)
 
     @property
@@ -1043,8 +1064,11 @@ def user_arm(name: str) -> type:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # the arm's `import train_gpt`
-    spec.loader.exec_module(module)
-    if not hasattr(module, cls):
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as e:
+        raise InputError(f"arm {name!r}: {path} cannot be imported: {e}") from None
+    if not inspect.isclass(getattr(module, cls, None)):
         raise InputError(f"arm {name!r}: {path} has no class {cls!r}")
     return getattr(module, cls)
 
@@ -1585,16 +1609,22 @@ class Corpus:
         try:
             m = json.loads((root / "manifest.json").read_text())
             rows, vocab, eot = m["files"], int(m["vocab"]), int(m["eot"])
+            if not 0 <= eot < vocab <= 2**16:
+                raise ValueError(f"end-of-text {eot} in a vocabulary of {vocab}")
             splits: dict[str, list[Shard]] = {}
             for row in rows:
                 shard = Shard.open(root / Path(row["name"]).name)
                 if shard.tokens != row["tokens"]:
                     raise InputError(f"{shard.path} and manifest.json disagree on its tokens")
                 splits.setdefault(row["split"], []).append(shard)
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as e:  # ValueError: no JSON, no UTF-8, no int
             raise InputError(f"{root}/manifest.json is damaged: {e!r}") from None
         table = root / "token_bytes.bin"
         bytes_of = np.fromfile(table, np.uint16) if table.is_file() else None
+        if bytes_of is not None and 2 * vocab != table.stat().st_size:
+            raise InputError(f"{table} is not uint16 [{vocab}]: remove it, or make the data again")
         return cls(splits, vocab, eot, rows, bytes_of)
 
     @classmethod
@@ -1646,6 +1676,15 @@ class Corpus:
             for split, s in used
         ]
 
+    def check_tokens(self) -> None:
+        """Refuses shards of another tokenizer: on a GPU an assertion would kill the context."""
+        paths = list({s.path for shards in self.splits.values() for s in shards})
+        with ThreadPoolExecutor() as pool:
+            for path, token in zip(paths, pool.map(largest_token, paths), strict=True):
+                if token >= self.vocab:
+                    said = f"token {token}, beyond the vocabulary of {self.vocab}"
+                    raise InputError(f"{path} has {said}: it was made with another tokenizer")
+
 
 SPLITS = ("train", "dev", "val")
 
@@ -1653,6 +1692,12 @@ SPLITS = ("train", "dev", "val")
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def largest_token(path: Path) -> int:
+    """Of a whole shard; -1 where it holds none."""
+    size = path.stat().st_size - HEADER_BYTES
+    return int(np.memmap(path, np.uint16, "r", HEADER_BYTES).max()) if size else -1
 
 
 class TokenStream:
@@ -2065,6 +2110,16 @@ def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
     return {name: sha256(path) for name, path in files.items()}
 
 
+def be_deterministic() -> None:
+    """The same bits in every run of the same program on the same machine: cuBLAS with a fixed
+    workspace, scatters without atomics, Inductor without choices by timing. FlexAttention's own
+    kernels have no atomics. For the whole process, before its first GPU work."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch._inductor.config.deterministic = True
+
+
 class Clock:
     """Training seconds: the device is drained wherever it starts or stops."""
 
@@ -2101,8 +2156,11 @@ class Trainer:
         self.plan()
         self.check_more()
         self.data_digests = self.corpus.check_digests()
+        self.corpus.check_tokens()
+        if cfg.run.deterministic:
+            be_deterministic()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
-        self.compile_s, self.warm, self.stop = 0.0, False, False
+        self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.set_up()
@@ -2118,9 +2176,13 @@ class Trainer:
         run, data = self.cfg.run, self.cfg.data
         if run.resume:
             find_checkpoint(run.resume)
-        elif run.run_id and (Path(run.out) / run.run_id / "run.jsonl").exists():
-            folder = Path(run.out) / run.run_id
-            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+        elif run.run_id:
+            refuse_held(Path(run.out) / run.run_id)
+        if not run.resume:
+            refuse_place(run.out)
+        for split in ("dev", *(["val"] if run.final_val else [])):
+            if self.corpus.splits.get(split) and self.corpus.tokens(split) < 2:
+                raise InputError(f"the {split} split is empty: give it 2 tokens or more")
         if self.cfg.model.vocab < self.corpus.vocab:
             raise InputError(f"--vocab {self.cfg.model.vocab}: the data has {self.corpus.vocab}")
         rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
@@ -2507,6 +2569,7 @@ class Run:
         self.reporter.start()
 
     def stop_on_signal(self, done: int) -> None:
+        self.trainer.agreed = True
         self.reporter.settle()
         self.clock.stop()
         self.save(done)
@@ -2554,10 +2617,14 @@ class Run:
                 dist.broadcast_object_list(box)
             run_id = box[0]
         folder = Path(cfg.run.out) / run_id
-        if (folder / "run.jsonl").exists():
-            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+        refuse_held(folder)
         self.world.barrier()
         self.open_log(folder)
+        if self.world.main:
+            for old in (folder / "run.log", folder / "run.jsonl"):
+                if old.exists():  # of an attempt that ended before its first checkpoint
+                    os.replace(old, folder / f"{old.name}.{restarts()}")
+            mark_running(folder)
         header = self.header()
         self.log.write("header", **header)
         params, size = header["params"], self.world.size
@@ -2667,6 +2734,8 @@ class Run:
                     shutil.rmtree(later)
         self.open_log(path.parents[1])
         self.log.truncate(offsets, h)
+        if self.world.main:
+            mark_running(self.folder)
         for text in wrong:
             self.log.event("warning", f"{text}: passed over and removed")
         self.log.event("resume", f"from {path} at step {first}")
@@ -2742,17 +2811,130 @@ def smaller(trainer: Trainer | None) -> str:
     return f"--row-tokens {row // 2}, or --val-row-tokens where it was validating"
 
 
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has restarted the workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def job() -> str:
+    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
+    env = os.environ
+    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
+    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
+    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
+
+
+def read_exit(folder: Path) -> dict:
+    """exit.json of a run folder, {} where there is none: code (null while it runs), reason, job."""
+    try:
+        said = json.loads((folder / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def put_exit(folder: Path, code: int | None, reason: str) -> None:
+    aside = folder / f".exit.{os.getpid()}"
+    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
+    os.replace(aside, folder / "exit.json")
+
+
+def mark_running(folder: Path) -> None:
+    put_exit(folder, None, "running, or killed")
+
+
+def refuse_held(folder: Path) -> None:
+    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
+    mine = restarts() > 0 and read_exit(folder).get("job") == job()
+    if (folder / "run.jsonl").exists() and not mine:
+        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+
+
+def refuse_place(out: str) -> None:
+    """Refuses an --out in which no folder can be made, before minutes of compilation."""
+    path = Path(out).absolute()
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: {place} is no folder to write in")
+
+
+class Ended(Exception):
+    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
+    exit code, reason."""
+
+
+def after_restart(cfg: Config) -> Config:
+    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
+    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+        cfg.run.run_id or cfg.run.resume
+    ):
+        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
+    folder = Path(cfg.run.out) / cfg.run.run_id
+    if cfg.run.resume:
+        path = Path(cfg.run.resume).resolve()
+        folder = path.parents[1] if (path / "DONE").is_file() else path
+    said = read_exit(folder)
+    if not restarts() or said.get("job") != job():
+        return cfg
+    if said.get("code") in (0, *(EXIT_CODES[name] for name in ("input", "non-finite", "memory"))):
+        raise Ended(said["code"], f"not started again: {said.get('reason')}")
+    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
+
+
 def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
     """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
-    that ends before it has a folder leaves it where --out and --run-id say."""
+    that ends before it has a folder leaves it where --out and --run-id say.
+
+    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
+    so the first word counts, and 4 is never the last.
+    """
     if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         after = dict(itertools.pairwise(argv))
         folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
         if (folder / "run.jsonl").exists():  # another run's: nothing is written over
             return
         folder.mkdir(parents=True, exist_ok=True)
-    if folder is not None and folder.is_dir() and int(os.environ.get("RANK", 0)) == 0:
-        (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+    if folder is None or not folder.is_dir():
+        return
+    said, main = read_exit(folder), int(os.environ.get("RANK", 0)) == 0
+    first = said.get("code") is None or said.get("job") != job()
+    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
+        put_exit(folder, code, reason)
+
+
+OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
+GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
+
+
+def heed_signals(trainer: Trainer) -> None:
+    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
+    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
+    say so."""
+
+    def give_up() -> None:
+        if trainer.agreed or trainer.folder is None:
+            return
+        code = EXIT_CODES["peer lost"]
+        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
+        write_exit(trainer.folder, [], code, reason)
+        os._exit(code)
+
+    def stop(*_) -> None:
+        if trainer.world.size > 1 and not trainer.stop:
+            timer = threading.Timer(GRACE_SECONDS, give_up)
+            timer.daemon = True
+            timer.start()
+        trainer.stop = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def peer_lost(e: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
+    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
 
 
 def set_environment() -> None:
@@ -2767,26 +2949,32 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     set_environment()
     argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:
-        cfg = parse_args(argv)
+        cfg = after_restart(parse_args(argv))
         trainer = Trainer(cfg, make_hooks(cfg) if make_hooks else None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(trainer, "stop", True))
+        heed_signals(trainer)
         trainer.run()
         code, reason = 0, "done"
     except InputError as e:
         code, reason = EXIT_CODES["input"], str(e)
     except NonFinite as e:
         code, reason = EXIT_CODES["non-finite"], str(e)
+    except Ended as e:
+        code, reason = e.args
     except torch.OutOfMemoryError:
         code, reason = EXIT_CODES["memory"], f"out of GPU memory: run again with {smaller(trainer)}"
+    except RuntimeError as e:
+        if not peer_lost(e):
+            raise
+        code, reason = EXIT_CODES["peer lost"], f"a rank is lost: {str(e).splitlines()[0]}"
     except SystemExit as e:
         if e.code != EXIT_CODES["signal"]:
             raise
         code, reason = EXIT_CODES["signal"], "saved on a signal"
-    if code and int(os.environ.get("RANK", 0)) == 0:
+    rank = int(os.environ.get("RANK", 0))
+    if code and (rank == 0 or code in OWN_FAULTS):
         print(f"train_gpt.py: {reason}", file=sys.stderr)
     write_exit(getattr(trainer, "folder", None), argv, code, reason)
-    if trainer is not None:
+    if trainer is not None and code != EXIT_CODES["peer lost"]:  # else it would wait for the peer
         trainer.world.close()
     return code
 
