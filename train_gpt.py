@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
@@ -29,13 +30,17 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -180,6 +185,7 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
+    deterministic: bool = knob(False, "same bits in every run on one GPU; cost not yet measured")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
     final_val: bool = knob(True, "evaluate val once, at the end")
     out: str = knob("runs", "folder of run folders")
@@ -265,7 +271,12 @@ def parse_value(name: str, text: str):
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
-    except (ValueError, KeyError):
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # argparse makes a list of `--flag=--`
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
@@ -303,6 +314,9 @@ def config_from_flat(flat: dict) -> Config:
     return Config(preset=flat["preset"]).with_(**out)
 
 
+LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
+
+
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     """Everything that cannot run, one sentence each; needs neither GPU nor data."""
     m, s, d, r = cfg.model, cfg.schedule, cfg.data, cfg.run
@@ -314,8 +328,9 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
 
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
-        if f.type in ("int", "float") and name not in ("lambda_bias", "backout"):
-            need(value >= 0 and math.isfinite(value), f"--{name} {value} must be >= 0 and finite")
+        if f.type in ("int", "float"):
+            least = {"lambda_bias": -LARGEST, "backout": -1}.get(name, 0)
+            need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
@@ -347,6 +362,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     for st in s.stages:
         rows, row = step_rows(st.tokens, max(1, d.row_tokens))
         need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
+        need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
+        need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
         need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
         need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
         need(
@@ -364,7 +381,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
-    need(re.fullmatch(r"[\w.,=+-]*", r.run_id) is not None, f"--run_id {r.run_id!r}: plain names")
+    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
+    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
     return bad
 
 
@@ -400,9 +418,12 @@ def parse_args(argv: list[str]) -> Config:
                 errors.append(str(e))
     try:
         cfg = make_config(args.preset, **changes)
-        errors += check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     except InputError as e:
         errors.append(str(e))
+        changes["arm"] = "softmax"  # what else is wrong is said in the same breath
+        cfg = make_config(args.preset, **changes) if args.preset in PRESETS else None
+    if cfg is not None:
+        errors += check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if errors:
         raise InputError("; ".join(errors))
     return cfg
@@ -463,6 +484,9 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
 # ---- 2. World -----------------------------------------------------------------------------------
 
 
+PEER_SECONDS = 300  # a collective fails where a rank is missing for so long; compilation counts
+
+
 @dataclass
 class World:
     """Ranks and their collectives, which vanish at world size 1. CUDA and NCCL, or CPU and gloo."""
@@ -487,7 +511,8 @@ class World:
         if gpu:
             torch.cuda.set_device(where)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if gpu else "gloo")
+            limit = datetime.timedelta(seconds=PEER_SECONDS)
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=limit)
         return cls(where, rank, size)
 
     @property
@@ -513,6 +538,13 @@ class World:
         """full <- the slices `own` of all ranks in order; returns a handle to wait on."""
         op = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return op(full, own, async_op=True) if self.size > 1 else None
+
+    def gather(self, item) -> list:
+        """Each rank's (small, plain) object, in order, on every rank; for what is rare."""
+        items = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item)
+        return items
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -1032,8 +1064,11 @@ def user_arm(name: str) -> type:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # the arm's `import train_gpt`
-    spec.loader.exec_module(module)
-    if not hasattr(module, cls):
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as e:
+        raise InputError(f"arm {name!r}: {path} cannot be imported: {e}") from None
+    if not inspect.isclass(getattr(module, cls, None)):
         raise InputError(f"arm {name!r}: {path} has no class {cls!r}")
     return getattr(module, cls)
 
@@ -1368,20 +1403,24 @@ class Bank:
             )
 
     @torch.no_grad()
-    def update(self, lr: float, momentum: float, dtype: torch.dtype) -> None:
-        """One step on the owned slice. lr: the schedule's factor on the group's."""
+    def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
+        """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
+        device; where it is true, weights and state stay as they are, to the bit."""
         if self.group.kind == "adam":
             self.adam.param_groups[0]["lr"] = self.group.lr * lr
+            self.adam.found_inf = bad.float()
             self.adam.step()
             return
         rows, cols = self.matrix
+        # NaN x 0 is NaN, hence a choice: momentum drawn towards itself stays.
+        torch.where(bad, self.momentum, self.own_grad, out=self.own_grad)
         # Nesterov momentum as interpolations (TECHNIQUES 2.1), then one orthogonalisation a bank.
         self.momentum.lerp_(self.own_grad, 1 - momentum)
         u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
-        step = orthogonalize(u, dtype).to(self.own.dtype)
+        step = orthogonalize(u, dtype).masked_fill_(bad, 0).to(self.own.dtype)
         rate = self.group.lr * lr
         if self.group.wd:
-            self.own.mul_(1 - rate * self.group.wd)
+            self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
         self.own.view(-1, rows, cols).add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
@@ -1414,6 +1453,7 @@ class Optimizer:
             sorted_items.setdefault((group, shape), []).append((name, p))
         self.banks = [Bank(groups[k[0]], items, world) for k, items in sorted_items.items()]
         self.banks.sort(key=lambda b: b.data.numel())
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
 
     def zero_grad(self) -> None:
         for bank in self.banks:
@@ -1421,24 +1461,35 @@ class Optimizer:
 
     def reset(self) -> None:
         self.zero_grad()
+        self.bad.zero_()
         for bank in self.banks:
             bank.reset()
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> Tensor:
-        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss)."""
+    def step(self, lr: float, momentum: float, beside: Tensor | None = None) -> Tensor:
+        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss).
+
+        beside [n]: figures that are summed over ranks in place, in the norm's own collective. Where
+        the norm or one of them is not finite, `bad` becomes true and stays so: no rank updates
+        anything from this step on, and no host waited to find out.
+        """
         waits = [self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)]
         for wait in waits:
             if wait is not None:
                 wait.wait()
         squares = torch.stack(torch._foreach_norm([b.own_grad for b in self.banks])).square()
-        length = self.world.sum(squares.sum()).sqrt()
+        mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
+        sums = self.world.sum(torch.cat(mine))
+        self.bad.logical_or_(sums.isfinite().all().logical_not())
+        length = sums[0].sqrt()
+        if beside is not None:
+            beside.copy_(sums[1:])
         if self.clip:
             factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([b.own_grad for b in self.banks], factor)
         gathers = []
         for bank in self.banks:
-            bank.update(lr, momentum, self.muon_dtype)
+            bank.update(lr, momentum, self.muon_dtype, self.bad)
             gathers.append(self.world.all_gather(bank.data, bank.own))
         for wait in gathers:
             if wait is not None:
@@ -1446,9 +1497,9 @@ class Optimizer:
         self.zero_grad()
         return length
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{parameter's name: {state's name: tensor of the parameter's shape}}, the same at any
-        world size; a collective call."""
+    def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
+        """{parameter's name: {state's name: tensor of the parameter's shape}}, in the CPU's memory,
+        the same at any world size. A collective call; a rank that does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key, own in bank.state().items():
@@ -1456,16 +1507,18 @@ class Optimizer:
                 if self.world.size > 1:
                     full = torch.empty_like(bank.data)
                     self.world.all_gather(full, own).wait()
-                for name, (offset, p) in bank.slots.items():
+                for name, (offset, p) in bank.slots.items() if wanted else ():
                     part = full[offset : offset + p.numel()].view(p.shape)
-                    out.setdefault(name, {})[key] = part.cpu().clone()
-            if bank.group.kind == "adam" and bank.adam.state.get(bank.own):
+                    out.setdefault(name, {})[key] = to_host(part)
+            if wanted and bank.group.kind == "adam" and bank.adam.state.get(bank.own):
                 for name in bank.slots:
-                    out[name]["step"] = bank.adam.state[bank.own]["step"].cpu().clone()
+                    out[name]["step"] = to_host(bank.adam.state[bank.own]["step"])
+        self.world.synchronize()
         return out
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.bad.zero_()
         for bank in self.banks:
             bank.reset()
             first = state.get(next(iter(bank.slots)), {})
@@ -1553,16 +1606,22 @@ class Corpus:
         try:
             m = json.loads((root / "manifest.json").read_text())
             rows, vocab, eot = m["files"], int(m["vocab"]), int(m["eot"])
+            if not 0 <= eot < vocab <= 2**16:
+                raise ValueError(f"end-of-text {eot} in a vocabulary of {vocab}")
             splits: dict[str, list[Shard]] = {}
             for row in rows:
                 shard = Shard.open(root / Path(row["name"]).name)
                 if shard.tokens != row["tokens"]:
                     raise InputError(f"{shard.path} and manifest.json disagree on its tokens")
                 splits.setdefault(row["split"], []).append(shard)
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as e:  # ValueError: no JSON, no UTF-8, no int
             raise InputError(f"{root}/manifest.json is damaged: {e!r}") from None
         table = root / "token_bytes.bin"
         bytes_of = np.fromfile(table, np.uint16) if table.is_file() else None
+        if bytes_of is not None and 2 * vocab != table.stat().st_size:
+            raise InputError(f"{table} is not uint16 [{vocab}]: remove it, or make the data again")
         return cls(splits, vocab, eot, rows, bytes_of)
 
     @classmethod
@@ -1614,6 +1673,15 @@ class Corpus:
             for split, s in used
         ]
 
+    def check_tokens(self) -> None:
+        """Refuses shards of another tokenizer: on a GPU an assertion would kill the context."""
+        paths = list({s.path for shards in self.splits.values() for s in shards})
+        with ThreadPoolExecutor() as pool:
+            for path, token in zip(paths, pool.map(largest_token, paths), strict=True):
+                if token >= self.vocab:
+                    said = f"token {token}, beyond the vocabulary of {self.vocab}"
+                    raise InputError(f"{path} has {said}: it was made with another tokenizer")
+
 
 SPLITS = ("train", "dev", "val")
 
@@ -1621,6 +1689,12 @@ SPLITS = ("train", "dev", "val")
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def largest_token(path: Path) -> int:
+    """Of a whole shard; -1 where it holds none."""
+    size = path.stat().st_size - HEADER_BYTES
+    return int(np.memmap(path, np.uint16, "r", HEADER_BYTES).max()) if size else -1
 
 
 class TokenStream:
@@ -1880,53 +1954,102 @@ def git_state() -> dict | None:
 # ---- 9. Checkpoint ------------------------------------------------------------------------------
 
 
+def to_host(t: Tensor) -> Tensor:
+    """A copy in the CPU's memory (pinned for a GPU), complete once the device is synchronised."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+
+
 def save_checkpoint(folder: Path, state: dict, meta: dict, keep: int) -> Path:
     """folder/step_%08d/{state.pt, meta.json, DONE}: written aside, synced, renamed; then all but
-    the newest `keep` go. A checkpoint is whole or absent."""
+    the newest `keep` go. A checkpoint is whole or absent; OSError where the disk does not take it,
+    and then nothing of it is left."""
     final = folder / f"step_{meta['step']:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    torch.save(state, aside / "state.pt")
-    meta = {**meta, "sha256": sha256(aside / "state.pt")}
-    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-    (aside / "DONE").touch()
-    for path in (*aside.iterdir(), aside):
-        sync(path)
+    try:
+        write_checkpoint(aside, state, meta)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if final.exists():  # of the same step: kept until the new one stands
         os.rename(final, folder / f".old.{final.name}")
     os.rename(aside, final)
     sync(folder)
-    for left in (
-        *folder.glob(".old.*"),
-        *folder.glob(".step_*"),
-        *sorted(folder.glob("step_*"))[:-keep],
-    ):
+    old = whole_checkpoints(folder)[:-keep]
+    for left in (*folder.glob(".old.*"), *folder.glob(".step_*"), *old):
         shutil.rmtree(left, ignore_errors=True)
     return final
 
 
+def write_checkpoint(folder: Path, state: dict, meta: dict) -> None:
+    """state.pt; meta.json with its digest; DONE with meta.json's. All of it is on the disk then."""
+    folder.mkdir(parents=True)
+    try:
+        with (folder / "state.pt").open("wb") as f:
+            torch.save(state, f)
+    except RuntimeError as e:  # while torch closes its archive on a disk that is full
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+    meta = {**meta, "sha256": sha256(folder / "state.pt")}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "DONE").write_text(sha256(folder / "meta.json"))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The finished ones of a ckpt folder, oldest first; they may have been damaged since."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(p for p in found if (p / "DONE").is_file())
+
+
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder itself, or the newest whole one of a run folder."""
+    """A checkpoint folder itself, or the newest finished one of a run folder."""
     path = Path(path).resolve()
     if (path / "DONE").is_file():
         return path
-    whole = [p for p in sorted(path.glob("ckpt/step_*")) if (p / "DONE").is_file()]
+    whole = whole_checkpoints(path / "ckpt")
     if not whole:
         raise InputError(f"{path} holds no whole checkpoint (ckpt/step_*/DONE)")
     return whole[-1]
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """(state, meta); InputError where it is damaged. Nothing untrusted is unpickled."""
-    path = find_checkpoint(path)
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(state, meta) of one folder; InputError where it is damaged. Nothing untrusted is unpickled:
+    `weights_only`."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        if sha256(path / "state.pt") != meta["sha256"]:
-            raise InputError(f"{path}/state.pt is damaged (sha256)")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, KeyError, json.JSONDecodeError) as e:
-        raise InputError(f"{path} is no checkpoint: {e!r}") from None
+        if (folder / "DONE").read_text() not in ("", sha256(folder / "meta.json")):
+            raise InputError(f"{folder}/meta.json is damaged (sha256)")
+        meta = json.loads((folder / "meta.json").read_text())
+        if sha256(folder / "state.pt") != meta["sha256"]:
+            raise InputError(f"{folder}/state.pt is damaged (sha256)")
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
+        raise InputError(f"{folder} is no checkpoint: {e!r}") from None
+    except ValueError as e:  # of json and of text, and our own
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{folder} is no checkpoint: {e!r}") from None
+
+
+def open_checkpoint(path: str | Path) -> tuple[Path, dict, dict, list[str]]:
+    """(folder, state, meta, what was wrong with newer ones): of a run folder the newest that is
+    whole and undamaged; of a checkpoint folder that one. InputError where there is none."""
+    found = find_checkpoint(path)
+    own = found == Path(path).resolve()
+    wrong: list[str] = []
+    for folder in [found] if own else reversed(whole_checkpoints(found.parent)):
+        try:
+            return (folder, *read_checkpoint(folder), wrong)
+        except InputError as e:
+            wrong.append(str(e))
+    raise InputError("; ".join(wrong))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
+    """(state, meta) of `open_checkpoint`, which says on stderr what it passed over."""
+    folder, state, meta, wrong = open_checkpoint(path)
+    for text in wrong:
+        print(f"{text}: using {folder}", file=sys.stderr)
     return state, meta
 
 
@@ -1947,7 +2070,7 @@ def load_model(
 
 
 class NonFinite(RuntimeError):
-    """Loss or gradient is not finite. Exit code 3."""
+    """Loss or gradient is not finite. Exit code 3; nothing was updated in that step or after."""
 
 
 EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
@@ -1982,6 +2105,16 @@ def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
     if hooks.model is not None:
         files["variant"] = Path(inspect.getfile(hooks.model))
     return {name: sha256(path) for name, path in files.items()}
+
+
+def be_deterministic() -> None:
+    """The same bits in every run of the same program on the same machine: cuBLAS with a fixed
+    workspace, scatters without atomics, Inductor without choices by timing. FlexAttention's own
+    kernels have no atomics. For the whole process, before its first GPU work."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch._inductor.config.deterministic = True
 
 
 class Clock:
@@ -2020,8 +2153,11 @@ class Trainer:
         self.plan()
         self.check_more()
         self.data_digests = self.corpus.check_digests()
+        self.corpus.check_tokens()
+        if cfg.run.deterministic:
+            be_deterministic()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
-        self.compile_s, self.warm, self.stop = 0.0, False, False
+        self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.set_up()
@@ -2037,9 +2173,13 @@ class Trainer:
         run, data = self.cfg.run, self.cfg.data
         if run.resume:
             find_checkpoint(run.resume)
-        elif run.run_id and (Path(run.out) / run.run_id / "run.jsonl").exists():
-            folder = Path(run.out) / run.run_id
-            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+        elif run.run_id:
+            refuse_held(Path(run.out) / run.run_id)
+        if not run.resume:
+            refuse_place(run.out)
+        for split in ("dev", *(["val"] if run.final_val else [])):
+            if self.corpus.splits.get(split) and self.corpus.tokens(split) < 2:
+                raise InputError(f"the {split} split is empty: give it 2 tokens or more")
         if self.cfg.model.vocab < self.corpus.vocab:
             raise InputError(f"--vocab {self.cfg.model.vocab}: the data has {self.corpus.vocab}")
         rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
@@ -2153,6 +2293,14 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Forward, backward, update; nothing waits for the device. Returns, on it, ([mean loss,
         ranks that want to stop], gradient norm), over all ranks."""
+        stop = torch.full((), float(self.stop), device=self.world.device)
+        figures = torch.stack([self.gradients(step, batch), stop])
+        norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum, figures)
+        return figures, norm / LOSS_SCALE
+
+    def gradients(self, step: Step, batch: Batch) -> Tensor:
+        """Adds this rank's gradients of LOSS_SCALE x the step's mean loss to .grad; returns its
+        share of that mean, on the device."""
         device, mask = self.world.device, self.hooks.loss_mask
         counted = torch.full((), float(step.tokens), device=device)
         if mask is not None:
@@ -2160,7 +2308,7 @@ class Trainer:
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
         window, scale = windows(step.window, device), LOSS_SCALE / counted
-        total = torch.zeros(2, device=device)
+        total = torch.zeros((), device=device)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             part = part.to(device)
@@ -2168,10 +2316,29 @@ class Trainer:
             flat = h.detach().flatten(0, 1)
             losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
             h.backward(grad.view_as(h))
-            total[0] += losses.sum() / counted
-        total[1] += float(self.stop)
-        norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum)
-        return self.world.sum(total), norm / LOSS_SCALE
+            total += losses.sum() / counted
+        return total
+
+    def blame(self, step: Step, batch: Batch) -> str:
+        """Which rank and which tensor made `step` non-finite: computed once more, from the same
+        weights, as no update has touched them. Collective; every rank returns the same."""
+        self.optimizer.zero_grad()
+        loss = float(self.gradients(step, batch))
+        params = dict(self.model.named_parameters())
+        weights = [n for n, p in params.items() if not p.isfinite().all()]
+        # In the order of the way back: the head, blocks from the last, what all of them share.
+        way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
+        grads = [n for n in way if not params[n].grad.isfinite().all()]
+        found = ""
+        if weights:
+            found = f"the weight {weights[0]} is not finite"
+        elif grads:
+            found = f"loss {loss}, gradient of {grads[0]} first, {len(grads)} of {len(way)} tensors"
+        elif not math.isfinite(loss):
+            found = f"loss {loss}, all gradients finite"
+        said = [f"rank {i}: {text}" for i, text in enumerate(self.world.gather(found)) if text]
+        again = "computed once more it is finite on every rank: suspect the machine"
+        return "; ".join(said) or again
 
     def evaluate(self, split: str, long_window: int, calls: int = 0) -> dict:
         """See the function of the same name; `calls` limits each rank's (warm-up)."""
@@ -2232,11 +2399,14 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     }
 
 
+SPIKE = 10.0  # times the usual gradient norm
+
+
 class Reporter:
     """Reads a step's figures once the device has finished it, checks and logs them."""
 
     def __init__(self, trainer: Trainer, log: RunLog, clock: Clock, peak: float | None):
-        self.log, self.clock, self.peak = log, clock, peak
+        self.trainer, self.log, self.clock, self.peak = trainer, log, clock, peak
         self.world, self.total = trainer.world, len(trainer.steps)
         base = flops_per_token(trainer.model, 0, 0)
         slopes = [flops_per_token(trainer.model, *keys) - base for keys in ((1, 0), (0, 1))]
@@ -2244,7 +2414,9 @@ class Reporter:
         self.waiting: list[tuple] = []
         self.began = self.last = clock.seconds
         self.mark: torch.cuda.Event | None = None
-        self.stopping = False
+        self.stopping, self.done = False, 0
+        self.late = 1 if self.world.cuda else 0  # steps that the host reads behind the launched one
+        self.norms: deque[float] = deque(maxlen=64)
 
     def start(self) -> None:
         """Starts the clock. On a GPU a step's time is the device's own: the host, which is ahead
@@ -2268,23 +2440,35 @@ class Reporter:
             host = torch.empty(3, pin_memory=True)
             host.copy_(values, non_blocking=True)
             values = host
-        self.waiting.append((step, values, self.event(), keys))
-        self.settle(keep=1 if self.world.cuda else 0)
+        self.waiting.append((step, values, self.event(), keys, batch))
+        self.settle(keep=self.late)
 
     def settle(self, keep: int = 0) -> None:
         while len(self.waiting) > keep:
-            step, values, event, keys = self.waiting.pop(0)
+            step, values, event, keys, batch = self.waiting.pop(0)
             now = self.clock.now()
             if event is not None:
                 event.synchronize()
                 now = self.began + self.mark.elapsed_time(event) / 1000
             loss, stop, norm = values.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}"
+                where = self.trainer.blame(step, batch)
+                text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}; {where}"
                 self.log.event("non-finite", text)
                 raise NonFinite(text)
             self.stopping = self.stopping or stop > 0
             self.report(step, now, loss, norm, keys)
+            self.done = step.index + 1
+            self.watch(norm)
+
+    def watch(self, norm: float) -> None:
+        """The policy on spikes: a gradient norm above SPIKE times the median of the last 64 steps
+        is logged and nothing is skipped; --grad-clip bounds what it does."""
+        usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
+        if norm > SPIKE * usual:
+            text = f"step {self.done}: gradient norm {norm:.3g}, median before {usual:.3g}"
+            self.log.event("spike", text)
+        self.norms.append(norm)
 
     def report(self, step: Step, now: float, loss: float, norm: float, keys: list[float]) -> None:
         ms, self.last = 1000 * (now - self.last), now
@@ -2324,14 +2508,28 @@ class Run:
         if self.world.cuda:
             torch.cuda.reset_peak_memory_stats()
         self.clock, self.first = Clock(self.world), 0
+        self.writer, self.saving = ThreadPoolExecutor(1), None
         if self.cfg.run.resume:
             self.resume()
         else:
             self.begin()
         self.reporter = Reporter(trainer, self.log, self.clock, self.peak)
+        self.reporter.done = self.first
         self.energy = joules(self.world)
 
     def train(self) -> dict:
+        try:
+            return self.loop()
+        except NonFinite:
+            self.clock.stop()
+            self.end_save()
+            self.finish("non-finite", self.reporter.done)
+            raise
+        finally:
+            self.end_save()
+            self.writer.shutdown()
+
+    def loop(self) -> dict:
         n, steps = len(self.steps), self.steps[self.first :]
         looks = {round(n * (i + 1) / self.cfg.run.looks) for i in range(self.cfg.run.looks)} - {n}
         every = self.cfg.run.save_every
@@ -2349,13 +2547,16 @@ class Run:
             if every and done % every == 0 and done < n:  # after the look, which its log holds
                 with self.paused():
                     self.save(done)
+            self.end_save(wait=False)
             if self.reporter.stopping:
                 self.stop_on_signal(done)
         self.reporter.settle()
         self.clock.stop()
         if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
             self.save(n)
-        return {**self.look(n, final=True), **self.finish("done", n)}
+        losses = self.look(n, final=True)
+        self.end_save()
+        return {**losses, **self.finish("done", n)}
 
     @contextlib.contextmanager
     def paused(self):
@@ -2365,11 +2566,13 @@ class Run:
         self.reporter.start()
 
     def stop_on_signal(self, done: int) -> None:
+        self.trainer.agreed = True
         self.reporter.settle()
         self.clock.stop()
-        where = self.save(done)
+        self.save(done)
+        self.end_save()
         self.finish("signal", done)
-        self.log.say(f"stopped by a signal; saved {where}; go on with --resume {self.folder}")
+        self.log.say(f"stopped by a signal; go on with --resume {self.folder}")
         raise SystemExit(EXIT_CODES["signal"])
 
     def look(self, done: int, final: bool = False) -> dict:
@@ -2411,10 +2614,14 @@ class Run:
                 dist.broadcast_object_list(box)
             run_id = box[0]
         folder = Path(cfg.run.out) / run_id
-        if (folder / "run.jsonl").exists():
-            raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+        refuse_held(folder)
         self.world.barrier()
         self.open_log(folder)
+        if self.world.main:
+            for old in (folder / "run.log", folder / "run.jsonl"):
+                if old.exists():  # of an attempt that ended before its first checkpoint
+                    os.replace(old, folder / f"{old.name}.{restarts()}")
+            mark_running(folder)
         header = self.header()
         self.log.write("header", **header)
         params, size = header["params"], self.world.size
@@ -2466,13 +2673,17 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int) -> Path | None:
-        """A checkpoint after `done` steps; collective."""
-        optimizer = self.trainer.optimizer.state_dict()
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps; collective. The state is copied to the host's memory
+        now, and a thread writes it while training goes on."""
+        self.end_save()
+        optimizer = self.trainer.optimizer.state_dict(self.world.main)
         if not self.world.main:
-            return None
-        model = {k: v.detach().cpu().clone() for k, v in self.trainer.model.state_dict().items()}
+            return
+        model = {k: to_host(v.detach()) for k, v in self.trainer.model.state_dict().items()}
         state = {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state()}
+        if self.world.cuda:
+            state["cuda_rng"] = torch.cuda.get_rng_state()
         at = self.steps[done - 1]
         meta = {
             "schema": SCHEMA,
@@ -2487,14 +2698,48 @@ class Run:
             "log": self.log.offsets(),
             "h": self.log.h,
         }
-        path = save_checkpoint(self.folder / "ckpt", state, meta, self.cfg.run.keep)
-        self.log.say(f"saved {path}")
-        return path
+        self.world.synchronize()
+        folder, keep = self.folder / "ckpt", self.cfg.run.keep
+        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
+
+    def end_save(self, wait: bool = True) -> None:
+        """Takes note of a checkpoint that was being written. Where the disk does not take it the
+        run goes on, loudly, and the one before it stands."""
+        if self.saving is None or not (wait or self.saving.done()):
+            return
+        job, self.saving = self.saving, None
+        try:
+            self.log.say(f"saved {job.result()}")
+        except OSError as e:
+            stands = [p.name for p in whole_checkpoints(self.folder / "ckpt")[-1:]]
+            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
+            self.log.event("warning", text)
 
     def resume(self) -> None:
         """Loads --resume and cuts the logs back to it; refuses other settings."""
-        path = find_checkpoint(self.cfg.run.resume)
-        state, meta = load_checkpoint(path)
+        path, state, meta, wrong = open_checkpoint(self.cfg.run.resume)
+        try:
+            self.restore(path, state, meta)
+            offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
+            h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise InputError(f"{path} does not fit: {e!r}") from None
+        self.world.barrier()  # every rank has read it
+        if self.world.main:  # what came after it belongs to a run that now does not happen
+            for later in whole_checkpoints(path.parent):
+                if later.name > path.name:
+                    shutil.rmtree(later)
+        self.open_log(path.parents[1])
+        self.log.truncate(offsets, h)
+        if self.world.main:
+            mark_running(self.folder)
+        for text in wrong:
+            self.log.event("warning", f"{text}: passed over and removed")
+        self.log.event("resume", f"from {path} at step {first}")
+        self.clock, self.first = Clock(self.world, seconds), first
+
+    def restore(self, path: Path, state: dict, meta: dict) -> None:
+        """Weights, optimizer and random numbers of a checkpoint of the same run."""
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
         free -= {"seed", "dtype", "fp8"}
         mine, saved = self.cfg.flat(), meta["config"]
@@ -2507,19 +2752,12 @@ class Run:
         self.trainer.model.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        self.world.barrier()  # every rank has read it
-        if self.world.main:  # what came after it belongs to a run that now does not happen
-            for later in path.parent.glob("step_*"):
-                if int(later.name[5:]) > meta["step"]:
-                    shutil.rmtree(later)
-        self.open_log(path.parents[1])
-        self.log.truncate(meta["log"], meta["h"])
-        self.log.event("resume", f"from {path} at step {meta['step']}")
-        self.clock, self.first = Clock(self.world, meta["train_s"]), meta["step"]
+        if self.world.cuda and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def finish(self, status: str, done: int) -> dict:
-        after, at = joules(self.world), self.steps[done - 1]
-        cuda, seconds, tokens = self.world.cuda, self.clock.seconds, at.start + at.tokens
+        after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds
+        tokens = self.steps[done - 1].start + self.steps[done - 1].tokens if done else 0
         spent = math.nan if after is None or self.energy is None else after - self.energy
         spent = float(
             self.world.sum(torch.tensor(spent, dtype=torch.float64, device=self.world.device))
@@ -2570,17 +2808,130 @@ def smaller(trainer: Trainer | None) -> str:
     return f"--row-tokens {row // 2}, or --val-row-tokens where it was validating"
 
 
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has restarted the workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def job() -> str:
+    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
+    env = os.environ
+    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
+    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
+    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
+
+
+def read_exit(folder: Path) -> dict:
+    """exit.json of a run folder, {} where there is none: code (null while it runs), reason, job."""
+    try:
+        said = json.loads((folder / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def put_exit(folder: Path, code: int | None, reason: str) -> None:
+    aside = folder / f".exit.{os.getpid()}"
+    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
+    os.replace(aside, folder / "exit.json")
+
+
+def mark_running(folder: Path) -> None:
+    put_exit(folder, None, "running, or killed")
+
+
+def refuse_held(folder: Path) -> None:
+    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
+    mine = restarts() > 0 and read_exit(folder).get("job") == job()
+    if (folder / "run.jsonl").exists() and not mine:
+        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+
+
+def refuse_place(out: str) -> None:
+    """Refuses an --out in which no folder can be made, before minutes of compilation."""
+    path = Path(out).absolute()
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: {place} is no folder to write in")
+
+
+class Ended(Exception):
+    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
+    exit code, reason."""
+
+
+def after_restart(cfg: Config) -> Config:
+    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
+    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+        cfg.run.run_id or cfg.run.resume
+    ):
+        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
+    folder = Path(cfg.run.out) / cfg.run.run_id
+    if cfg.run.resume:
+        path = Path(cfg.run.resume).resolve()
+        folder = path.parents[1] if (path / "DONE").is_file() else path
+    said = read_exit(folder)
+    if not restarts() or said.get("job") != job():
+        return cfg
+    if said.get("code") in (0, *(EXIT_CODES[name] for name in ("input", "non-finite", "memory"))):
+        raise Ended(said["code"], f"not started again: {said.get('reason')}")
+    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
+
+
 def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
     """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
-    that ends before it has a folder leaves it where --out and --run-id say."""
+    that ends before it has a folder leaves it where --out and --run-id say.
+
+    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
+    so the first word counts, and 4 is never the last.
+    """
     if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         after = dict(itertools.pairwise(argv))
         folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
         if (folder / "run.jsonl").exists():  # another run's: nothing is written over
             return
         folder.mkdir(parents=True, exist_ok=True)
-    if folder is not None and folder.is_dir() and int(os.environ.get("RANK", 0)) == 0:
-        (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason}))
+    if folder is None or not folder.is_dir():
+        return
+    said, main = read_exit(folder), int(os.environ.get("RANK", 0)) == 0
+    first = said.get("code") is None or said.get("job") != job()
+    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
+        put_exit(folder, code, reason)
+
+
+OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
+GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
+
+
+def heed_signals(trainer: Trainer) -> None:
+    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
+    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
+    say so."""
+
+    def give_up() -> None:
+        if trainer.agreed or trainer.folder is None:
+            return
+        code = EXIT_CODES["peer lost"]
+        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
+        write_exit(trainer.folder, [], code, reason)
+        os._exit(code)
+
+    def stop(*_) -> None:
+        if trainer.world.size > 1 and not trainer.stop:
+            timer = threading.Timer(GRACE_SECONDS, give_up)
+            timer.daemon = True
+            timer.start()
+        trainer.stop = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def peer_lost(e: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
+    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
 
 
 def set_environment() -> None:
@@ -2595,26 +2946,32 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     set_environment()
     argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:
-        cfg = parse_args(argv)
+        cfg = after_restart(parse_args(argv))
         trainer = Trainer(cfg, make_hooks(cfg) if make_hooks else None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(trainer, "stop", True))
+        heed_signals(trainer)
         trainer.run()
         code, reason = 0, "done"
     except InputError as e:
         code, reason = EXIT_CODES["input"], str(e)
     except NonFinite as e:
         code, reason = EXIT_CODES["non-finite"], str(e)
+    except Ended as e:
+        code, reason = e.args
     except torch.OutOfMemoryError:
         code, reason = EXIT_CODES["memory"], f"out of GPU memory: run again with {smaller(trainer)}"
+    except RuntimeError as e:
+        if not peer_lost(e):
+            raise
+        code, reason = EXIT_CODES["peer lost"], f"a rank is lost: {str(e).splitlines()[0]}"
     except SystemExit as e:
         if e.code != EXIT_CODES["signal"]:
             raise
         code, reason = EXIT_CODES["signal"], "saved on a signal"
-    if code and int(os.environ.get("RANK", 0)) == 0:
+    rank = int(os.environ.get("RANK", 0))
+    if code and (rank == 0 or code in OWN_FAULTS):
         print(f"train_gpt.py: {reason}", file=sys.stderr)
     write_exit(getattr(trainer, "folder", None), argv, code, reason)
-    if trainer is not None:
+    if trainer is not None and code != EXIT_CODES["peer lost"]:  # else it would wait for the peer
         trainer.world.close()
     return code
 

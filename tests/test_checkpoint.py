@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import helpers as H
 import pytest
@@ -80,9 +82,10 @@ def test_what_a_checkpoint_holds(whole):
     assert set(state["model"]) == set(state["optimizer"]) == names, "per-layer logical names"
 
 
-@pytest.mark.parametrize("step", [1, 4, 6, 7, 12], ids=lambda s: f"from-{s}")
+@pytest.mark.parametrize("step", range(1, 13), ids=lambda s: f"from-{s}")
 def test_resume_is_bitwise(whole, text_data, tmp_path, step):
-    """In the first stage, at the transition, in the second, and where only the end is left."""
+    """From every step: while the window grows, at the transition to larger steps (6), around the
+    looks (4, 8), in the cooldown, and where only the end is left (12)."""
     run = copy_until(whole, tmp_path, step)
     result = T.train(config(text_data, tmp_path, resume=str(run)))
     assert_same(state_of(run / "ckpt/step_00000012"), state_of(whole / "ckpt/step_00000012"))
@@ -192,7 +195,7 @@ def signals():
 
 def test_an_incomplete_folder_is_ignored(whole, tmp_path):
     run = copy_until(whole, tmp_path, 4)
-    for name in ("step_00000009", ".step_00000010.123"):
+    for name in ("step_00000009", ".step_00000010.123", "step_x"):
         (run / "ckpt" / name).mkdir()
         (run / "ckpt" / name / "state.pt").write_bytes(b"half")
     assert T.find_checkpoint(run).name == "step_00000004"
@@ -221,11 +224,36 @@ def test_a_save_that_dies_leaves_the_last_one(tmp_path, monkeypatch):
     assert T.find_checkpoint(tmp_path).name == "step_00000002"
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing state", "bad meta", "missing meta"])
-def test_a_damaged_checkpoint_is_refused(whole, text_data, tmp_path, capsys, damage):
-    """In one sentence with exit code 2, and the run's logs stay as they were."""
-    run = copy_until(whole, tmp_path, 4)
-    folder = run / "ckpt/step_00000004"
+def kill_in(name: str, folder) -> None:
+    """A process of its own that saves step 2 and is killed, as by kill -9, in one function."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        owner, _, attribute = name.rpartition(".")
+        setattr({"": T, "os": os, "torch": torch, "shutil": shutil}[owner], attribute, die)
+        T.save_checkpoint(folder / "ckpt", {"w": torch.full((4,), 2.0)}, {"step": 2}, 1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["torch.save", "sha256", "os.fsync", "os.rename", "T", "rmtree"])
+def test_kill_9_at_any_moment_of_saving(tmp_path, moment):
+    """The old one until the rename, the new one after; what is left over goes with the next."""
+    T.save_checkpoint(tmp_path / "ckpt", {"w": torch.ones(4)}, {"step": 1}, 1)
+    name = {"T": "write_checkpoint", "rmtree": "whole_checkpoints"}.get(moment, moment)
+    kill_in(name, tmp_path)
+    state, meta = T.load_checkpoint(tmp_path)
+    assert meta["step"] == (2 if moment == "rmtree" else 1)
+    assert state["w"].tolist() == [float(meta["step"])] * 4
+    T.save_checkpoint(tmp_path / "ckpt", {"w": torch.ones(4)}, {"step": 3}, 1)
+    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_00000003"]
+
+
+def hurt(folder, damage: str) -> None:
     raw = bytearray((folder / "state.pt").read_bytes())
     if damage == "flip":
         raw[len(raw) // 2] ^= 1
@@ -236,8 +264,42 @@ def test_a_damaged_checkpoint_is_refused(whole, text_data, tmp_path, capsys, dam
         (folder / "state.pt").unlink()
     elif damage == "bad meta":
         (folder / "meta.json").write_text("{")
+    elif damage == "edited meta":
+        text = (folder / "meta.json").read_text()
+        (folder / "meta.json").write_text(text.replace('"step": 4', '"step": 5'))
     else:
         (folder / "meta.json").unlink()
+
+
+DAMAGE = ["flip", "cut", "missing state", "bad meta", "edited meta", "missing meta"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_of_damaged_ones_the_newest_whole_one_is_used(whole, text_data, tmp_path, capsys, damage):
+    """And the message says so; going on from there is bitwise."""
+    run = copy_until(whole, tmp_path, 4)
+    shutil.copytree(whole / "ckpt/step_00000003", run / "ckpt/step_00000003")
+    shutil.copytree(whole / "ckpt/step_00000004", run / "ckpt/step_00000009")
+    hurt(run / "ckpt/step_00000004", damage)
+    hurt(run / "ckpt/step_00000009", "cut")
+    assert T.load_checkpoint(run)[1]["step"] == 3
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and all("using" in e and "step_00000003" in e for e in err)
+    T.train(config(text_data, tmp_path, resume=str(run)))
+    events = H.read_log(run, "event")
+    assert [e["kind"] for e in events] == ["warning", "warning", "resume"]
+    assert "step_00000009" in events[0]["text"] and "step_00000004" in events[1]["text"]
+    assert "step_00000003" in events[2]["text"]
+    assert_same(state_of(run), state_of(whole))
+    assert without_times(run) == without_times(whole)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(whole, text_data, tmp_path, capsys, damage):
+    """Where there is no other: in one sentence with exit code 2, and the logs stay as they were."""
+    run = copy_until(whole, tmp_path, 4)
+    folder = run / "ckpt/step_00000004"
+    hurt(folder, damage)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert T.main([*argv_of(text_data, tmp_path), "--resume", str(run)]) == 2
     err = capsys.readouterr().err
@@ -300,6 +362,96 @@ def test_keep_in_a_run(text_data, tmp_path):
     T.train(config(text_data, tmp_path, keep=2, save_every=4, looks=0, final_val=False))
     saved = sorted(p.name for p in (tmp_path / "whole" / "ckpt").iterdir())
     assert saved == ["step_00000008", "step_00000012"]
+
+
+# ---- while training goes on ---------------------------------------------------------------------
+
+
+def test_saving_does_not_hold_up_training(whole, text_data, tmp_path, monkeypatch):
+    """The step that lets the writer go on comes after the save has begun; what is written is the
+    state as it was then."""
+    go, write, waited = threading.Event(), T.write_checkpoint, []
+
+    def slow(folder, state, meta):
+        waited.append(go.wait(timeout=120))
+        write(folder, state, meta)
+
+    def after_step(trainer, step):
+        if step.index == 5:
+            go.set()
+
+    monkeypatch.setattr(T, "write_checkpoint", slow)
+    cfg = config(text_data, tmp_path, save_every=4)
+    T.train(cfg, hooks=T.Hooks(after_step=after_step))
+    assert waited == [True, True, True]
+    for step in (4, 8, 12):
+        name = f"ckpt/step_{step:08d}"
+        assert_same(state_of(tmp_path / "whole" / name), state_of(whole / name), name)
+    text = (tmp_path / "whole" / "run.log").read_text()
+    assert text.count("\nsaved ") == 3
+
+
+def test_a_full_disk_does_not_end_the_run(whole, text_data, tmp_path):
+    """A real refusal by the kernel, of files beyond a size, for the saves of steps 6 and 9."""
+    if not hasattr(resource, "RLIMIT_FSIZE"):
+        pytest.skip("no RLIMIT_FSIZE here")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after_step(trainer, step):
+        small = 60_000 if step.index in (5, 6, 7, 8) else old[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, old[1]))
+
+    run = tmp_path / "whole"
+    try:
+        cfg = config(text_data, tmp_path, save_every=3, keep=2)
+        result = T.train(cfg, hooks=T.Hooks(after_step=after_step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert result["status"] == "done"
+    events = [e["text"] for e in H.read_log(run, "event") if e["kind"] == "warning"]
+    assert len(events) == 2 and all("step_00000003 is the newest" in e for e in events)
+    saved = sorted(p.name for p in (run / "ckpt").iterdir())
+    assert saved == ["step_00000003", "step_00000012"], "nothing half-written is left"
+    for name in saved:
+        assert_same(state_of(run / "ckpt" / name), state_of(whole / "ckpt" / name), name)
+    assert H.losses(run) == H.losses(whole) and H.chain_breaks(run) == []
+
+
+@pytest.mark.parametrize("key, value", [("log", {}), ("log", 3), ("config", None), ("h", ...)])
+def test_a_forged_meta_is_refused(whole, text_data, tmp_path, capsys, key, value):
+    """Digests right, content not: exit code 2, not a traceback."""
+    run = copy_until(whole, tmp_path, 4)
+    folder = run / "ckpt/step_00000004"
+    meta = json.loads((folder / "meta.json").read_text())
+    meta[key] = value
+    if value is ...:
+        del meta[key]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "DONE").write_text("")
+    assert T.main([*argv_of(text_data, tmp_path), "--resume", str(run)]) == 2
+    assert str(folder) in capsys.readouterr().err
+    assert without_times(run) == without_times(whole)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    """A pickle that would touch a file is refused, whatever its digest says."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    folder = T.save_checkpoint(tmp_path / "ckpt", {"w": Evil()}, {"step": 1}, 1)
+    with pytest.raises(T.InputError, match="no checkpoint"):
+        T.load_checkpoint(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/tmp/x"])
+def test_a_run_cannot_be_written_outside(text_data, tmp_path, capsys, name):
+    argv = [*H.tiny_argv(text_data, tmp_path / "runs"), "--run-id", name]
+    assert T.main(argv) == 2
+    assert "plain names" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # ---- and what it is good for --------------------------------------------------------------------

@@ -667,6 +667,7 @@ def test_bad_input_is_one_sentence_and_2(trained, tmp_path, capsys):
     said = json.loads(meta.read_text())
     said["config"] |= {"vocab": 257, "arm": "diff_v1"}
     meta.write_text(json.dumps(said))
+    (meta.parent / "DONE").write_text("")  # as in a checkpoint without meta.json's digest
     assert "does not fit its model" in refused([tmp_path / "odd", out], capsys)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 

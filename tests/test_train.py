@@ -378,3 +378,32 @@ def test_compiled_equals_eager_without_recompiling(text_data, tmp_path):
     assert len(a) == 8 and a == pytest.approx(b, abs=1e-4)
     a, b = (H.read_log(tmp_path / n, "val")[-1]["val_loss_ext"] for n in ("compiled", "eager"))
     assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run_and_deterministic_mode_too(text_data, tmp_path):
+    """Losses to the last digit: in this process, in another, and with --deterministic."""
+    argv = [H.tiny_argv(text_data, tmp_path, run_id=name) for name in ("a", "b")]
+    T.train(H.tiny(text_data, tmp_path, run_id="here"))
+    for words in (argv[0], [*argv[1], "--deterministic"]):
+        done = H.run_script(words)
+        assert done.returncode == 0, done.stderr
+    assert H.losses(tmp_path / "a") == H.losses(tmp_path / "here") == H.losses(tmp_path / "b")
+    assert H.read_log(tmp_path / "b", "header")[0]["config"]["deterministic"] is True
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_model(text_data, tmp_path, monkeypatch):
+    """The last checkpoint is begun before the last evaluation, and ends although that raises."""
+    cfg = H.tiny(text_data, tmp_path, run_id="r", looks=0, save_final=True)
+    trainer = T.Trainer(cfg)
+
+    def crash(*_):
+        raise MemoryError("made up")
+
+    trainer.warm_up()
+    monkeypatch.setattr(trainer, "evaluate", crash)
+    with pytest.raises(MemoryError):
+        trainer.run()
+    state, meta = T.load_checkpoint(tmp_path / "r")
+    assert meta["step"] == 8
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, state["model"][name]), name

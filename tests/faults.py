@@ -1,0 +1,61 @@
+"""One rank of a run with a fault: `faults.py FAULT TRAINER-ARGUMENTS`, by hand or under torchrun.
+
+FAULT: none | nan (the last rank's gradients, from step 5 on) | kill, oom or term (SIGTERM), all of
+the last rank after step 6 | bad-input (rank 0 after step 6) | long (steps of 0.2 s). A fault
+happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the
+weights that a rank ended with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import train_gpt as T
+
+torch.set_num_threads(1)
+RANK = int(os.environ.get("RANK", 0))
+LAST = RANK == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+
+class Fault:
+    """Hooks that let the fault happen, and the trainer that it happened to."""
+
+    def __init__(self, kind: str):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        self.kind, self.trainer, self.poisoned = kind if first else "none", None, False
+
+    def after_step(self, trainer: T.Trainer, step: T.Step) -> None:
+        if self.trainer is None:
+            self.trainer = trainer
+            weight = trainer.model.blocks[1].mlp.up.weight
+            weight.register_hook(lambda g: g * float("nan") if self.poisoned else g)
+        self.poisoned = self.kind == "nan" and LAST and step.index >= 3
+        if self.kind == "long":
+            time.sleep(0.2)
+        if step.index != 5:
+            return
+        if self.kind == "kill" and LAST:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "term" and LAST:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "oom" and LAST:
+            raise torch.OutOfMemoryError("made up")
+        if self.kind == "bad-input" and RANK == 0:
+            raise T.InputError("made up")
+
+
+if __name__ == "__main__":
+    fault = Fault(sys.argv[1])
+    code = T.main(sys.argv[2:], lambda cfg: T.Hooks(after_step=fault.after_step))
+    if fault.trainer is not None:
+        weights = {n: p.detach() for n, p in fault.trainer.model.named_parameters()}
+        torch.save(weights, Path(fault.trainer.cfg.run.out) / f"weights{RANK}.pt")
+    sys.exit(code)

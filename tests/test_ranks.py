@@ -1,0 +1,168 @@
+"""Two gloo processes under torchrun, with faults: all ranks end the same way, exit.json says how,
+and a restart goes on where there is something to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import helpers as H
+import pytest
+import torch
+
+T = H.T
+GUARD = 240  # seconds; a hang is a failure, a busy machine is not
+
+
+def start(fault: str, data, place, *launch: str, **changes) -> subprocess.Popen:
+    """`torchrun LAUNCH tests/faults.py FAULT ...` with two ranks; its output in PLACE/said."""
+    place.mkdir(exist_ok=True)
+    base = {"run_id": "r", "save_every": 2, "keep": 20, "looks": 0, "micro_batch_tokens": 128}
+    argv = H.tiny_argv(data, changes.pop("out", place), **{**base, **changes})
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launch]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with (place / "said").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, *words, str(H.ROOT / "tests" / "faults.py"), fault, *argv],
+            **{"stdout": said, "stderr": subprocess.STDOUT, "env": env},
+        )
+
+
+def ended(process: subprocess.Popen, out) -> dict:
+    """Waits for the whole job; RUN/exit.json."""
+    try:
+        process.wait(GUARD)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError((out / "said").read_text()[-4000:]) from None
+    file = out / "r" / "exit.json"
+    assert file.exists(), (out / "said").read_text()[-4000:]
+    return json.loads(file.read_text())
+
+
+def run(fault: str, data, out, *launch: str, **changes) -> dict:
+    return ended(start(fault, data, out, *launch, **changes), out)
+
+
+def weights(out, rank: int) -> dict:
+    return torch.load(out / f"weights{rank}.pt", weights_only=True)
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_not_replayed(out) -> None:
+    """torchrun started the workers again, and they left at once."""
+    text = (out / "said").read_text()
+    assert text.count("step:1/8 loss") == 1 and "not started again: " in text
+
+
+@pytest.fixture(scope="module")
+def calm(text_data, tmp_path_factory):
+    """The run that nothing happened to."""
+    out = tmp_path_factory.mktemp("calm")
+    assert run("none", text_data, out)["code"] == 0
+    assert_same(weights(out, 0), weights(out, 1))
+    return out
+
+
+def test_a_nan_on_one_rank_stops_both_with_the_weights_before(calm, text_data, tmp_path):
+    said = run("nan", text_data, tmp_path, "--max-restarts", "2")
+    assert said["code"] == 3
+    assert said["reason"].startswith("step 5: loss ")
+    assert "rank 1: loss" in said["reason"] and "blocks.1.mlp.up.weight first" in said["reason"]
+    assert "rank 0" not in said["reason"]
+    saved, meta = T.load_checkpoint(tmp_path / "r")
+    assert meta["step"] == 4
+    assert_same(saved["model"], T.load_checkpoint(calm / "r/ckpt/step_00000004")[0]["model"])
+    for rank in (0, 1):
+        ended_with = weights(tmp_path, rank)
+        assert_same(ended_with, {name: saved["model"][name] for name in ended_with})
+    (end,) = H.read_log(tmp_path / "r", "end")
+    assert (end["status"], end["code"], end["tokens"]) == ("non-finite", 3, 4 * 256)
+    assert H.chain_breaks(tmp_path / "r") == []
+    assert_not_replayed(tmp_path)
+
+
+def test_a_killed_rank_ends_the_job_with_4(text_data, tmp_path):
+    assert run("kill", text_data, tmp_path)["code"] == 4
+    assert T.find_checkpoint(tmp_path / "r").name in ("step_00000004", "step_00000006")
+    assert not (tmp_path / "weights1.pt").exists()
+
+
+def test_a_killed_rank_comes_back_from_the_last_checkpoint(calm, text_data, tmp_path):
+    """Without help, and the run is the one that nothing happened to."""
+    said = run("kill", text_data, tmp_path, "--max-restarts", "1")
+    assert said["code"] == 0, (tmp_path / "said").read_text()[-3000:]
+    for rank in (0, 1):
+        assert_same(weights(tmp_path, rank), weights(calm, rank))
+    assert H.losses(tmp_path / "r") == H.losses(calm / "r")
+    assert [e["kind"] for e in H.read_log(tmp_path / "r", "event")] == ["resume"]
+    assert H.chain_breaks(tmp_path / "r") == []
+
+
+def test_a_restart_without_a_checkpoint_starts_over(calm, text_data, tmp_path):
+    """The log of the first attempt is set aside, not mixed in and not lost."""
+    said = run("kill", text_data, tmp_path, "--max-restarts", "1", save_every=0)
+    assert said["code"] == 0
+    assert_same(weights(tmp_path, 0), weights(calm, 0))
+    assert H.losses(tmp_path / "r") == H.losses(calm / "r")
+    assert (tmp_path / "r" / "run.jsonl.1").exists() and H.chain_breaks(tmp_path / "r") == []
+
+
+@pytest.mark.parametrize("fault, code", [("oom", 5), ("bad-input", 2)])
+def test_what_a_restart_cannot_mend_is_not_replayed(text_data, tmp_path, fault, code):
+    """Memory of rank 1, too: its own word, not what rank 0 makes of it."""
+    said = run(fault, text_data, tmp_path, "--max-restarts", "2")
+    assert said["code"] == code
+    assert_not_replayed(tmp_path)
+    if code == 5:
+        assert "--micro-batch-tokens" in said["reason"]
+
+
+def test_a_folder_of_another_job_is_left_alone(calm, text_data, tmp_path):
+    """Not even by a second attempt, which finds a run there and did not make it."""
+    held = calm / "r"
+    before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
+    process = start("none", text_data, tmp_path, "--max-restarts", "1", out=str(calm))
+    assert process.wait(GUARD) != 0
+    assert "holds a run already" in (tmp_path / "said").read_text()
+    assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
+
+
+def test_restarts_need_a_name(text_data, tmp_path):
+    process = start("none", text_data, tmp_path, "--max-restarts", "1", run_id="")
+    assert process.wait(GUARD) != 0
+    assert "needs --run-id" in (tmp_path / "said").read_text()
+    assert not list(tmp_path.glob("2*"))
+
+
+@pytest.mark.parametrize("to", ["one rank", "torchrun"])
+def test_all_ranks_agree_on_a_signal(calm, text_data, tmp_path, to):
+    """Step finished, saved, 75; resumed, it is the run that nothing happened to."""
+    if to == "one rank":
+        said = run("term", text_data, tmp_path, save_every=0)
+    else:
+        process = start("long", text_data, tmp_path, save_every=0)
+        log = tmp_path / "r" / "run.log"
+        deadline = time.monotonic() + GUARD
+        while time.monotonic() < deadline and not (log.exists() and "step:2/" in log.read_text()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = ended(process, tmp_path)
+    assert said["code"] == 75, (tmp_path / "said").read_text()[-3000:]
+    step = T.load_checkpoint(tmp_path / "r")[1]["step"]
+    assert 2 <= step < 8
+    (end,) = H.read_log(tmp_path / "r", "end")
+    assert (end["status"], end["tokens"]) == ("signal", step * 256)
+    again = run("none", text_data, tmp_path, resume=str(tmp_path / "r"), save_every=0)
+    assert again["code"] == 0
+    assert_same(weights(tmp_path, 1), weights(calm, 1))
+    assert H.losses(tmp_path / "r") == H.losses(calm / "r")
