@@ -98,6 +98,8 @@ class ModelConfig:
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
     gate: bool = knob(True, "a sigmoid gate on each head's output (record 28)")
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
+    bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
+    bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
 
 
@@ -328,6 +330,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(skip, "--skip is from+to, from < to")
     need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
+    need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
+    need(
+        m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: more than the width of the model"
+    )
     need(not set(m.layers) & set(m.no_attention), "--layers names blocks of --no_attention")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
@@ -770,6 +776,16 @@ def rope_table(length: int, dim: int, half: bool) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
+def starts_of(docs: Tensor) -> Tensor:
+    """docs [B, T] -> bool [B, T]: tokens that nothing comes before in their row and document."""
+    return docs != F.pad(docs[:, :-1], (1, 0), value=-1)
+
+
+def before(x: Tensor) -> Tensor:
+    """x [B, T, ...] of the token before; the first of a row keeps its own."""
+    return torch.cat([x[:, :1], x[:, :-1]], dim=1)
+
+
 @dataclass
 class Context:
     """What the model tells an arm about the rows at hand."""
@@ -1105,6 +1121,48 @@ def padded(vocab: int) -> int:
     return math.ceil(vocab / unit) * unit
 
 
+SIGN_ROWS = 8192
+
+
+class Bigram(nn.Module):
+    """A table of embeddings for pairs of tokens, which share rows by a hash (record 62).
+
+    `rows`: see `row_of`; the last is for the first token of a document. With `signs` (record 83)
+    fewer columns do: pairs that share a row rarely share their row of random signs, too, so that
+    what they learn adds up to noise of mean zero.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.rows = cfg.bigram
+        dim = cfg.bigram_dim or cfg.d_model
+        self.table = parameter((self.rows, dim), ("zeros",), "bigram")
+        self.scale = parameter((cfg.n_layer,), ("constant", 0.1), "scalar")  # of each block's share
+        if cfg.bigram_dim:
+            gen = torch.Generator().manual_seed(0)  # persistent: a checkpoint holds what it drew
+            bits = torch.randint(2, (SIGN_ROWS, dim), generator=gen, dtype=torch.int8)
+            self.register_buffer("signs", 2 * bits - 1)
+
+    def row_of(self, tokens: Tensor, last: Tensor, starts: Tensor) -> Tensor:
+        """[B, T] int64, of the pairs (last, token)."""
+        row = ((tokens * 36_313) ^ (last * 27_191)) % (self.rows - 1)
+        return torch.where(starts, self.rows - 1, row)
+
+    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens [B, T], starts as `starts_of` has them -> [B, T, columns of the table]."""
+        tokens = tokens.long()
+        last = torch.where(starts, 0, before(tokens))
+        e = F.embedding(self.row_of(tokens, last, starts), self.table).to(dtype)
+        if hasattr(self, "signs"):
+            e = e * self.signs[(last ^ tokens) % SIGN_ROWS].to(dtype)
+        return e
+
+    def join(self, x: Tensor, pairs: Tensor, layer: int) -> Tensor:
+        """x [B, T, d] and a block's share of `pairs`, in the columns that there are."""
+        share = self.scale[layer].to(x.dtype) * pairs
+        return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
+
+
 class MLP(nn.Module):
     """relu(x W1)^2 W2."""
 
@@ -1145,6 +1203,7 @@ class GPT(nn.Module):
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(cfg.value_tables))
+        self.bigram = Bigram(cfg) if cfg.bigram else None
         self.register_rope(max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
@@ -1195,12 +1254,16 @@ class GPT(nn.Module):
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
         x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        if self.bigram is not None:
+            pairs = self.bigram(tokens, starts_of(docs), self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
         for i, block in enumerate(self.blocks):
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
             if cfg.x0:
                 x = resid[i, 0] * x + resid[i, 1] * x0
+            if self.bigram is not None:
+                x = self.bigram.join(x, pairs, i)
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
@@ -1251,7 +1314,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         stored += p.numel()
         if ".attn." in name:
             attention += p.numel()
-        if p.ndim == 2 and group not in ("embed", "value", "scalar"):
+        if p.ndim == 2 and group not in ("embed", "value", "bigram", "scalar"):
             active += p.numel()
     return {"active_matmul": active, "stored": stored, "attention": attention}
 
@@ -1313,6 +1376,7 @@ def parameter_groups(o: OptimConfig) -> dict[str, Group]:
         "head": adam(o.head_lr),
         "embed": adam(o.embed_lr),
         "value": adam(o.value_lr),
+        "bigram": adam(o.value_lr, (0.75, 0.95)),
         "scalar": adam(o.scalar_lr, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
     }
