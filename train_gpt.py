@@ -98,6 +98,9 @@ class ModelConfig:
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
     gate: bool = knob(True, "a sigmoid gate on each head's output (record 28)")
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
+    key_offset: bool = knob(
+        False, "long layers: the unrotated half of a key is the token before's (record 49)"
+    )
     bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
     bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
@@ -331,9 +334,9 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
-    need(
-        m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: more than the width of the model"
-    )
+    need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
+    rotates_half = m.rope and m.half_rope
+    need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     need(not set(m.layers) & set(m.no_attention), "--layers names blocks of --no_attention")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
@@ -793,6 +796,7 @@ class Context:
     mask: BlockMask | Tensor  # block mask, or bool [B, 1 or Hq, T, T]
     rope: dict[int, Tensor]  # head dimension -> [2, T, D / 2]; empty: no rotation
     scale: Callable[[int], float]  # factor on q.k for a head dimension
+    starts: Tensor | None = None  # as `starts_of` has them, where keys are offset
 
 
 def rotate(x: Tensor, ctx: Context) -> Tensor:
@@ -802,6 +806,13 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
     cos, sin = ctx.rope[x.size(-1)][:, : x.size(1), None].unbind(0)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+
+def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
+    """k [B, T, H, D] with the dimensions that half RoPE leaves alone taken from the token before, or
+    its own where none comes before: one layer then finds what followed a token (record 49)."""
+    still = torch.arange(k.size(-1), device=k.device) // (k.size(-1) // 4) % 2 == 1
+    return torch.where(still & ~starts[:, :, None, None], before(k), k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
@@ -923,9 +934,11 @@ class Arm(nn.Module):
         return c[0] * v + c[1] * ve.view_as(v)
 
     def position(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """QK norm and RoPE on [B, T, H, D]."""
+        """QK norm, key offset and RoPE on [B, T, H, D]."""
         if self.cfg.qk_norm:
             q, k = norm(q), norm(k)
+        if self.cfg.key_offset and self.layer in self.cfg.long_layers:
+            k = offset_keys(k, ctx.starts)
         return rotate(q, ctx), rotate(k, ctx)
 
 
@@ -1234,6 +1247,7 @@ class GPT(nn.Module):
         flex = docs.is_cuda if self.flex is None else self.flex
         make = block_mask if flex and docs.size(1) % BLOCK == 0 else dense_mask
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
+        starts = starts_of(docs) if self.cfg.key_offset else None
         masks, out = {}, []
         for i, block in enumerate(self.blocks):
             if block.attn is None:
@@ -1246,7 +1260,7 @@ class GPT(nn.Module):
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
                 masks[key] = make(docs, w)
-            out.append(Context(masks[key], rope, self.score_scale))
+            out.append(Context(masks[key], rope, self.score_scale, starts))
         return out
 
     def forward(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:

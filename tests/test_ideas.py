@@ -19,7 +19,10 @@ SMALL = {
 IDEAS = {
     "bigram": {"bigram": 128},
     "bigram signs": {"bigram": 128, "bigram_dim": 16},
+    "key offset": {"key_offset": True},
 }
+# Without a parameter that starts as a no-op.
+ACTS_AT_ONCE = {"key offset"}
 
 
 def build(random: bool = True, **changes) -> T.GPT:
@@ -60,7 +63,7 @@ def test_causal_and_within_the_document(idea, arm):
     check_causal(arm, IDEAS[idea])
 
 
-@pytest.mark.parametrize("idea", IDEAS)
+@pytest.mark.parametrize("idea", [i for i in IDEAS if i not in ACTS_AT_ONCE])
 def test_starts_as_nothing(idea):
     """At init the logits are those without it, and parameters that both have start the same; so
     whatever the idea brings has been learned."""
@@ -141,3 +144,58 @@ def test_signs_are_fair_and_kept():
     assert set(signs.unique().tolist()) == {-1, 1} and abs(float(signs.float().mean())) < 0.02
     assert torch.equal(build(bigram=128, bigram_dim=16).bigram.signs, signs)
     assert "bigram.signs" in model.state_dict()
+
+
+# ---- key offset ---------------------------------------------------------------------------------
+
+
+def test_key_offset_moves_what_stands_still():
+    """By position and dimension: the dimensions that RoPE does not turn, found by turning them."""
+    _, docs = rows_of_text()
+    length, dim, heads = docs.size(1), 16, 3
+    table = T.rope_table(length, dim, half=True)
+    ctx = T.Context(None, {dim: table}, lambda d: 1.0)
+    k = torch.randn(2, length, heads, dim, generator=torch.Generator().manual_seed(1))
+    turned = (T.rotate(torch.ones_like(k), ctx) != 1).any(0).any(0).any(0)
+    assert turned.sum() == dim // 2
+    want = k.clone()
+    for b in range(2):
+        for t in range(length):
+            if not opens(docs, b, t):
+                want[b, t, :, ~turned] = k[b, t - 1, :, ~turned]
+    assert torch.equal(T.offset_keys(k, T.starts_of(docs)), want)
+
+
+@pytest.mark.parametrize("arm", ["softmax", "diff_v1", "diff_v2"])
+def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
+    seen = []
+    attend = T.attend
+
+    def spy(q, k, v, ctx):
+        seen.append((q, k))
+        return attend(q, k, v, ctx)
+
+    monkeypatch.setattr(T, "attend", spy)
+    (tokens, docs), changes = rows_of_text(), {"arm": arm, "backout": -1}
+    for on in (False, True):  # the same weights: the idea brings none
+        build(key_offset=on, **changes)(tokens, docs, window())
+    without, with_it = seen[:4], seen[4:]
+    assert torch.equal(without[0][0], with_it[0][0]), "queries stay"
+    starts, moved = T.starts_of(docs), (without[0][1] != with_it[0][1]).any(-1)
+    assert moved[~starts].all() and not moved[starts].any(), "every head, but no document's start"
+
+    def keys(layer, on, x):
+        arm = build(key_offset=on, **changes).blocks[layer].attn.arm
+        ctx = build(key_offset=True, **changes).contexts(docs, window())[layer]
+        return arm.position(x, x, ctx)[1]
+
+    x = torch.randn(2, docs.size(1), 2, 16, generator=torch.Generator().manual_seed(2))
+    x = x[..., : T.v1_qk_dim(build(**changes).cfg)]
+    for layer in range(4):
+        assert torch.equal(keys(layer, True, x), keys(layer, False, x)) == (layer in (1, 2))
+
+
+def test_key_offset_needs_half_rope():
+    for off in ({"half_rope": False}, {"rope": False}):
+        cfg = T.make_config("speedrun", key_offset=True, **off)
+        assert any("--key-offset" in p for p in T.check_config(cfg))
