@@ -96,6 +96,7 @@ class ModelConfig:
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
+    smear: bool = knob(False, "a gated share of the embedding of the token before (record 34)")
     gate: bool = knob(True, "a sigmoid gate on each head's output (record 28)")
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
     key_offset: bool = knob(
@@ -1134,6 +1135,21 @@ def padded(vocab: int) -> int:
     return math.ceil(vocab / unit) * unit
 
 
+class Smear(nn.Module):
+    """e <- e + s sigmoid(w . e[:12]) x the embedding of the token before (record 34)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = parameter((12,), ("zeros",), "smear")
+        self.share = parameter((1,), ("zeros",), "scalar")
+
+    def forward(self, e: Tensor, starts: Tensor) -> Tensor:
+        """e [B, T, d] before its norm; nothing crosses a document's start."""
+        gate = torch.sigmoid(F.linear(e[..., :12], self.gate[None].to(e.dtype)))
+        share = torch.where(starts[..., None], 0.0, gate * self.share.to(e.dtype))
+        return e + share * before(e)
+
+
 SIGN_ROWS = 8192
 
 
@@ -1217,6 +1233,7 @@ class GPT(nn.Module):
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(cfg.value_tables))
         self.bigram = Bigram(cfg) if cfg.bigram else None
+        self.smear = Smear() if cfg.smear else None
         self.register_rope(max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
@@ -1267,7 +1284,10 @@ class GPT(nn.Module):
         cfg = self.cfg
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
-        x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        x = F.embedding(tokens, self.embed).to(self.dtype)
+        if self.smear is not None:
+            x = self.smear(x, starts_of(docs))
+        x = x0 = norm(x)
         if self.bigram is not None:
             pairs = self.bigram(tokens, starts_of(docs), self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
@@ -1393,6 +1413,7 @@ def parameter_groups(o: OptimConfig) -> dict[str, Group]:
         "bigram": adam(o.value_lr, (0.75, 0.95)),
         "scalar": adam(o.scalar_lr, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
+        "smear": adam(0.01 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 52
     }
 
 
