@@ -113,6 +113,10 @@ class OptimConfig:
 
     matrix_lr: float = knob(0.03, "Muon, block matrices; times sqrt(max(1, rows / cols))")
     matrix_wd: float = knob(0.0, "Muon, decoupled weight decay, 1 / lr")
+    cautious_wd: float = knob(
+        0.0, "Muon, decay where the update agrees, 1 / lr^2 (record 43: 1.2; 0: off)"
+    )
+    normuon: float = knob(0.0, "Muon, beta2 of its rows' mean squares (record 41: 0.95; 0: off)")
     momentum: float = knob(0.95, "Muon")
     momentum_start: float = knob(0.85, "Muon at step 0, and at the end after momentum_cooldown")
     momentum_warmup: int = knob(300, "steps from momentum_start to momentum")
@@ -810,8 +814,8 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
 
 
 def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
-    """k [B, T, H, D] with the dimensions that half RoPE leaves alone taken from the token before, or
-    its own where none comes before: one layer then finds what followed a token (record 49)."""
+    """k [B, T, H, D] with the dimensions that half RoPE leaves alone taken from the token before,
+    or its own where there is none: one layer then finds what followed a token (record 49)."""
     still = torch.arange(k.size(-1), device=k.device) // (k.size(-1) // 4) % 2 == 1
     return torch.where(still & ~starts[:, :, None, None], before(k), k)
 
@@ -1391,6 +1395,18 @@ def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> 
     return x.mT if tall else x
 
 
+def even_out(step: Tensor, second: Tensor, beta2: float) -> Tensor:
+    """NorMuon (record 41): step [n, rows, cols] with its rows (columns where they are more) divided
+    by the root of their mean squares, which `second` [n, max(rows, cols)] averages over time; each
+    matrix keeps its norm."""
+    squares = step.square().mean(2 if step.size(1) >= step.size(2) else 1, keepdim=True)
+    second.lerp_(squares.flatten(1), 1 - beta2)
+    mean = second.view_as(squares).clamp(min=1e-10)
+    kept = squares.sum((1, 2), keepdim=True)
+    norm = (squares / mean).sum((1, 2), keepdim=True).clamp(min=1e-30)
+    return step * (kept / (norm * mean)).sqrt()
+
+
 @dataclass(frozen=True)
 class Group:
     """A row of the optimizer's table."""
@@ -1400,13 +1416,17 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     wd: float = 0.0
     eps: float = 1e-10
+    beta2: float = 0.0  # muon: see `even_out`
+    cautious_wd: float = 0.0  # muon: see `Bank.update`
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
     """The one table: what `p.group` names (constants of records 20 to 57, see OptimConfig)."""
     adam = functools.partial(Group, "adam", eps=o.adam_eps, wd=o.adam_wd)
     return {
-        "matrix": Group("muon", o.matrix_lr, wd=o.matrix_wd),
+        "matrix": Group(
+            "muon", o.matrix_lr, wd=o.matrix_wd, beta2=o.normuon, cautious_wd=o.cautious_wd
+        ),
         "head": adam(o.head_lr),
         "embed": adam(o.embed_lr),
         "value": adam(o.value_lr),
@@ -1459,6 +1479,8 @@ class Bank:
         """State as at step 0."""
         if self.group.kind == "muon":
             self.momentum = torch.zeros_like(self.own)
+            if self.group.beta2:
+                self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
         else:
             g = self.group
             self.own.grad = self.own_grad
@@ -1478,15 +1500,21 @@ class Bank:
         self.momentum.lerp_(self.own_grad, 1 - momentum)
         u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
         step = orthogonalize(u, dtype).to(self.own.dtype)
-        rate = self.group.lr * lr
+        if self.group.beta2:
+            step = even_out(step, self.second.view(len(step), -1), self.group.beta2)
+        rate, weights = self.group.lr * lr, self.own.view_as(step)
+        if self.group.cautious_wd:  # only where both shrink the weight; cools with lr squared
+            agrees = torch.where(step * weights >= 0, weights, 0.0)
+            step = step.add(agrees, alpha=rate * self.group.cautious_wd)
         if self.group.wd:
             self.own.mul_(1 - rate * self.group.wd)
-        self.own.view(-1, rows, cols).add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
+        weights.add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count beside."""
+        """Name of each state tensor -> its owned slice; `adam` has a step count beside, and `second`
+        one number for min(rows, cols) weights."""
         if self.group.kind == "muon":
-            return {"momentum": self.momentum}
+            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
         state = self.adam.state.get(self.own, {})
         return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
 
@@ -1546,18 +1574,19 @@ class Optimizer:
         return length
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{parameter's name: {state's name: tensor of the parameter's shape}}, the same at any
-        world size; a collective call."""
+        """{parameter's name: {state's name: tensor of the parameter's shape, `second` [n, max(rows,
+        cols)]}}, the same at any world size; a collective call."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key, own in bank.state().items():
-                full = own
+                full, k = own, bank.own.numel() // own.numel()
                 if self.world.size > 1:
-                    full = torch.empty_like(bank.data)
+                    full = own.new_empty(own.numel() * self.world.size)
                     self.world.all_gather(full, own).wait()
                 for name, (offset, p) in bank.slots.items():
-                    part = full[offset : offset + p.numel()].view(p.shape)
-                    out.setdefault(name, {})[key] = part.cpu().clone()
+                    part = full[offset // k : (offset + p.numel()) // k]
+                    shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
+                    out.setdefault(name, {})[key] = part.view(shape).cpu().clone()
             if bank.group.kind == "adam" and bank.adam.state.get(bank.own):
                 for name in bank.slots:
                     out[name]["step"] = bank.adam.state[bank.own]["step"].cpu().clone()
@@ -1569,17 +1598,18 @@ class Optimizer:
             bank.reset()
             first = state.get(next(iter(bank.slots)), {})
             for key in set(first) - {"step"}:
-                full = torch.zeros_like(bank.data)
+                k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
+                full = bank.data.new_zeros(bank.data.numel() // k)
                 for name, (offset, p) in bank.slots.items():
-                    full[offset : offset + p.numel()] = state[name][key].flatten()
-                n = bank.own.numel()
+                    full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
+                n = bank.own.numel() // k
                 own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
                 if bank.group.kind == "muon":
-                    bank.momentum = own
+                    setattr(bank, key, own)
                 else:
                     bank.adam.state[bank.own][key] = own
             if "step" in first:
-                bank.adam.state[bank.own]["step"] = first["step"].to(bank.own.device)
+                bank.adam.state[bank.own]["step"] = first["step"].to(bank.own.device, copy=True)
 
 
 # ---- 7. Data ------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import helpers as H
 import pytest
+import test_sharding as S
 import torch
+from torch import nn
 
 from records.causality import check_causal
 
@@ -226,3 +228,113 @@ def test_smear_comes_before_the_norm():
     model(tokens, docs, window())
     x0 = T.norm(model.smear(model.embed[tokens.long()], T.starts_of(docs)))
     torch.testing.assert_close(seen[0], model.resid[0].sum() * x0)
+
+
+# ---- NorMuon, cautious weight decay -------------------------------------------------------------
+
+BETA2, DECAY = 0.9, 1.5
+GROUPS = {
+    "matrix": T.Group("muon", 0.05, beta2=BETA2, cautious_wd=DECAY),
+    "gate": T.Group("adam", 0.02),
+}
+
+
+def naive_step(w, g, m, v, lr: float, mu: float) -> None:
+    """One matrix, in place, by TECHNIQUES' equations: m, v are its momentum and row averages."""
+    m += (1 - mu) * (g - m)
+    u = g + mu * (m - g)
+    o = T.orthogonalize(u[None], torch.float32)[0]
+    norm = o.norm()
+    tall = o.size(0) >= o.size(1)
+    for i in range(len(v)):
+        line = o[i] if tall else o[:, i]
+        v[i] = BETA2 * v[i] + (1 - BETA2) * (line**2).mean()
+    o = o / v.clamp(min=1e-10).sqrt().view((-1, 1) if tall else (1, -1))
+    o = o * norm / o.norm()
+    s = max(1, w.size(0) / w.size(1)) ** 0.5
+    mask = (o * w >= 0).float()
+    w -= lr * s * (o + DECAY * lr * mask * w)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (32, 8)])
+def test_normuon_and_cautious_decay_equal_a_loop(shape):
+    maps = 2 if shape == (32, 8) else 1
+    p = T.parameter(shape, ("zeros",), "matrix", (maps, shape[0] // maps, shape[1]))
+    gen = torch.Generator().manual_seed(0)
+    p.data = torch.randn(shape, generator=gen)
+    model = nn.Module()
+    model.register_parameter("w", p)
+    w = p.detach().clone().view(maps, -1, shape[1])
+    opt = T.Optimizer(model, GROUPS, T.World(torch.device("cpu")))
+    m, v = torch.zeros_like(w), torch.zeros(maps, max(w.shape[1:]))
+    for step in range(4):
+        g = torch.randn(shape, generator=gen)
+        p.grad.copy_(g)
+        opt.step(1.0 - 0.1 * step, 0.9)
+        for i in range(maps):
+            lr = 0.05 * (1.0 - 0.1 * step)
+            naive_step(w[i], g.view_as(w)[i], m[i], v[i], lr, 0.9)
+    torch.testing.assert_close(p.detach().view_as(w), w, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(opt.state_dict()["w"]["second"], v, rtol=1e-5, atol=1e-7)
+
+
+def test_normuon_of_nothing_is_nothing():
+    """A matrix whose gradient is zero so far (a block behind a zero projection), and a bank's
+    padding."""
+    second = torch.zeros(2, 8)
+    step = torch.zeros(2, 8, 4)
+    step[1, 0] = 1.0
+    out = T.even_out(step, second, 0.95)
+    assert torch.isfinite(out).all() and (out[0] == 0).all()
+    torch.testing.assert_close(out.norm(dim=(1, 2)), step.norm(dim=(1, 2)))
+
+
+def steps_of(ranks: list[int], world: T.World, saved: dict | None = None) -> dict:
+    """Three steps of the mixed bag of shapes on the sum of these ranks' gradients, from the start
+    or from `saved`."""
+    model = S.Mixed()
+    opt = T.Optimizer(model, GROUPS, world)
+    if saved is not None:
+        opt.load_state_dict(saved)
+    for step in range(3):
+        for name, p in model.named_parameters():
+            for rank in ranks:
+                p.grad.add_(S.gradient(name, p.shape, step, rank))
+        opt.step(1.0, 0.9)
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    own = [b.second.numel() for b in opt.banks if b.group.kind == "muon"]
+    return {"params": params, "state": opt.state_dict(), "own": own}
+
+
+def two_ranks(saved: dict) -> list[dict]:
+    world = T.World.start("cpu")
+    return [steps_of([world.rank], world), steps_of([world.rank], world, saved)]
+
+
+def test_normuon_sharded_equals_unsharded(tmp_path):
+    """From the start, and from a checkpoint that one rank wrote."""
+    alone = T.World(torch.device("cpu"))
+    first = steps_of([0, 1], alone)
+    wanted = [first, steps_of([0, 1], alone, first["state"])]
+    assert not torch.equal(wanted[0]["params"]["m0"], wanted[1]["params"]["m0"]), "state matters"
+    for rank in H.on_ranks(2, two_ranks, tmp_path, first["state"]):
+        for got, want in zip(rank, wanted, strict=True):
+            for name, p in want["params"].items():
+                torch.testing.assert_close(got["params"][name], p, rtol=1e-5, atol=1e-6, msg=name)
+            for name, state in want["state"].items():
+                for key, value in state.items():
+                    torch.testing.assert_close(
+                        got["state"][name][key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
+                    )
+            assert all(0 < a < b for a, b in zip(got["own"], want["own"], strict=True))
+    assert first["state"]["doubled"]["second"].shape == (2, 16)
+
+
+def test_normuon_run_resumes(text_data, tmp_path):
+    """A whole run, and one that went on from its middle, end with the same losses."""
+    cfg = H.tiny(text_data, tmp_path, normuon=0.95, cautious_wd=1.2, save_every=4, run_id="a")
+    T.train(cfg)
+    whole = H.losses(tmp_path / "a")
+    assert whole[-1] < whole[0] - 0.5
+    T.train(cfg.with_(run_id="", resume=str(tmp_path / "a" / "ckpt" / "step_00000004")))
+    assert H.losses(tmp_path / "a") == pytest.approx(whole, abs=1e-6)
