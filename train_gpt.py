@@ -92,11 +92,16 @@ class ModelConfig:
     half_rope: bool = knob(True, "rotate half of each head, base 1024 (record 17)")
     score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / head_dim, or its -1/2 power bare)")
     softcap: float = knob(30.0, "logits = c sigmoid(4 z / c) (record 18; 0: off)")
+    shifted_cap: bool = knob(False, "logits = 23 sigmoid((z + 5) / 7.5) instead (record 54)")
     x0: bool = knob(True, "x <- a x + b x0 before each block (record 9)")
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
     smear: bool = knob(False, "a gated share of the embedding of the token before (record 34)")
+    value_layers: tuple[int, ...] = knob(
+        (), "blocks with a value embedding of their own, instead of those (record 63)"
+    )
+    value_gate: bool = knob(False, "a gate on each head's value embedding (record 55)")
     gate: bool = knob(True, "a sigmoid gate on each head's output (record 28)")
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
     key_offset: bool = knob(
@@ -331,7 +336,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
-    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip"):
+    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers"):
         over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
@@ -342,7 +347,9 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
     rotates_half = m.rope and m.half_rope
     need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
-    need(not set(m.layers) & set(m.no_attention), "--layers names blocks of --no_attention")
+    for name in ("layers", "value_layers"):
+        without = set(getattr(m, name)) & set(m.no_attention)
+        need(not without, f"--{name} names blocks of --no_attention")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
     need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
@@ -594,27 +601,41 @@ def fp8_works(device: torch.device) -> bool:
         return False
 
 
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """cap sigmoid(4 z / cap): slope 1 at 0, range (0, cap) (record 19); fp32."""
-    return cap * torch.sigmoid(z.float() * (4 / cap)) if cap else z.float()
+# c, or (top, shift, width) of top x sigmoid((z + shift) / width)
+Cap = float | tuple[float, float, float]
+SHIFTED_CAP = (23.0, 5.0, 7.5)  # more room for "very unlikely" than for "very likely" (record 54)
 
 
-def log_partition(logits: Tensor, cap: float) -> Tensor:
+def cap_constants(cap: Cap) -> tuple[float, float, float]:
+    """(top, shift, width); a number c stands for c sigmoid(4 z / c): slope 1 at 0 (record 19)."""
+    return cap if isinstance(cap, tuple) else (cap, 0.0, cap / 4)
+
+
+def softcap(z: Tensor, cap: Cap) -> Tensor:
+    """top sigmoid((z + shift) / width), range (0, top); z itself where cap is 0; fp32."""
+    if not cap:
+        return z.float()
+    top, shift, width = cap_constants(cap)
+    return top * torch.sigmoid((z.float() + shift) * (1 / width))
+
+
+def log_partition(logits: Tensor, cap: Cap) -> Tensor:
     """log sum exp over the last dimension, kept. Logits under a cap need no maximum first, which
     saves a pass over them."""
     if cap:
-        return torch.exp(logits - cap).sum(-1, keepdim=True).log() + cap
+        top, _, _ = cap_constants(cap)
+        return torch.exp(logits - top).sum(-1, keepdim=True).log() + top
     return torch.logsumexp(logits, -1, keepdim=True)
 
 
-def token_losses(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+def token_losses(z: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     """Cross-entropy [N] in nats of softcapped logits z [N, V]; 0 where the target is negative."""
     logits = softcap(z, cap)
     hit = logits.gather(1, targets.clamp(min=0)[:, None])
     return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
 
 
-def losses_and_grad(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def losses_and_grad(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
     logits = softcap(z, cap)
     total = log_partition(logits, cap)
@@ -624,17 +645,18 @@ def losses_and_grad(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Ten
     is_target = torch.arange(z.size(1), device=z.device) == targets[:, None]
     grad = (torch.exp(logits - total) - is_target.float()) * valid[:, None]
     if cap:
-        grad = grad * (logits * (4 / cap) * (1 - logits / cap))
+        top, _, width = cap_constants(cap)
+        grad = grad * (logits * (1 / width) * (1 - logits / top))
     return losses, grad
 
 
-def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
     losses, g = losses_and_grad(z, targets, cap)
     return losses, (g * scale).to(z.dtype)
 
 
-def grad_in_fp8(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def grad_in_fp8(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
     losses, g = losses_and_grad(z, targets, cap)
     return losses, to_fp8(g, G8_SCALE, E5M2)
@@ -653,8 +675,10 @@ class Head:
     the gradient cost 3 ms a piece (LAB_LOG 2026-11-24).
     """
 
-    def __init__(self, weight: nn.Parameter, cap: float, dtype, fp8: bool, compiled: bool):
+    def __init__(self, weight: nn.Parameter, cap: Cap, dtype, fp8: bool, compiled: bool):
         self.weight, self.cap, self.dtype, self.fp8 = weight, cap, dtype, fp8
+        # A flatter cap asks for larger logits: record 58 has room for weights up to 1.6.
+        self.w8_scale = 2 * W8_SCALE if cap == SHIFTED_CAP else W8_SCALE
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         wrap = wrap if compiled else lambda f: f
         self._grad = wrap(grad_in_fp8 if fp8 else grad_in)
@@ -665,7 +689,7 @@ class Head:
     @torch.no_grad()
     def prepare(self) -> None:
         if self.fp8:
-            w8 = to_fp8(self.weight, W8_SCALE, E4M3)
+            w8 = to_fp8(self.weight, self.w8_scale, E4M3)
             self._cast = (w8, w8.t().contiguous())
         else:
             self._cast = (self.weight.to(self.dtype),)
@@ -681,7 +705,7 @@ class Head:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
-        xs, ws = scale.new_full((), x_scale), scale.new_full((), W8_SCALE)
+        xs, ws = scale.new_full((), x_scale), scale.new_full((), self.w8_scale)
         gs = scale * G8_SCALE
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
@@ -1086,7 +1110,7 @@ def build_arm(cfg: ModelConfig, layer: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """An arm with what all arms share: XSA, the output gate and the output projection."""
+    """An arm with what all arms share: XSA, the gates and the output projection."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -1095,11 +1119,18 @@ class Attention(nn.Module):
         self.o = Linear(cfg.d_model, self.arm.n_out, bias=cfg.bias, zero=True)
         self.gate = parameter((heads, 12), ("zeros",), "gate") if cfg.gate else None
         self.xsa = parameter((heads,), ("zeros",), "gate") if cfg.xsa else None
+        self.value_gate = None
+        if cfg.value_gate and has_values(cfg, layer):
+            value_heads = self.arm.kv_width * heads // self.arm.n_out
+            self.value_gate = parameter((value_heads, 12), ("zeros",), "gate")
         if getattr(self.arm, "head_windows", None) is not None:
             caps = torch.tensor(self.arm.head_windows, dtype=torch.int32)
             self.register_buffer("window_caps", caps, persistent=False)
 
     def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+        if self.value_gate is not None:  # record 55; starts as a no-op
+            open_ = 2 * torch.sigmoid(F.linear(x[..., :12], self.value_gate.to(x.dtype)))
+            ve = (ve.unflatten(-1, (open_.size(-1), -1)) * open_[..., None]).flatten(2)
         y, v = self.arm(x, ve, ctx)
         y = y.unflatten(-1, (self.arm.heads, -1))
         if self.xsa is not None:  # 2603.09078; starts as a no-op (record 82)
@@ -1116,10 +1147,13 @@ class Attention(nn.Module):
 
 
 def value_slot(cfg: ModelConfig, layer: int) -> int | None:
-    """Which value table a block reads: the first n blocks and, mirrored in order, the last n."""
+    """Which value table a block reads: the first n blocks and, mirrored in order, the last n; or
+    each of `value_layers` its own."""
     n = cfg.value_tables
     if layer in cfg.no_attention:
         return None
+    if cfg.value_layers:
+        return cfg.value_layers.index(layer) if layer in cfg.value_layers else None
     slots = {**{i: i for i in range(n)}, **{cfg.n_layer - n + i: i for i in range(n)}}
     return slots.get(layer)
 
@@ -1227,7 +1261,8 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.softcap = cfg, dtype, cfg.softcap
+        self.cfg, self.dtype = cfg, dtype
+        self.softcap: Cap = SHIFTED_CAP if cfg.shifted_cap else cfg.softcap
         self.flex: bool | None = None  # None: FlexAttention on CUDA, dense on CPU
         rows = padded(cfg.vocab)
         self.embed = parameter((rows, cfg.d_model), ("normal", 1.0), "embed")
@@ -1235,7 +1270,8 @@ class GPT(nn.Module):
         self.head = parameter((rows, cfg.d_model), ("zeros",), "head")
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
-        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(cfg.value_tables))
+        tables = len(cfg.value_layers) or cfg.value_tables
+        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
         self.bigram = Bigram(cfg) if cfg.bigram else None
         self.smear = Smear() if cfg.smear else None
         self.register_rope(max_length)
@@ -1511,8 +1547,8 @@ class Bank:
         weights.add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count beside, and `second`
-        one number for min(rows, cols) weights."""
+        """Name of each state tensor -> its owned slice; `adam` has a step count too. `second` has
+        a number for every min(rows, cols) weights."""
         if self.group.kind == "muon":
             return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
         state = self.adam.state.get(self.own, {})
