@@ -172,6 +172,7 @@ class ScheduleConfig:
     warmup: float = knob(0.0, "share of the steps in which lr rises from 0")
     cooldown: float = knob(0.45, "share of the steps in which lr falls to lr_floor, linearly")
     lr_floor: float = knob(0.1, "lr factor that the cooldown falls to")
+    mtp: bool = knob(False, "train on the next 3, 2, 1 tokens by thirds of the steps (record 53)")
     ext_window: int = knob(2560, "long window of val_loss_ext, tokens (0: as trained)")
 
 
@@ -446,6 +447,14 @@ class Step:
     momentum: float
     window: int  # tokens, long layers
     start: int  # tokens trained before it
+    ahead: tuple[float, ...] = ()  # weights of the next tokens' losses (empty: the next one alone)
+
+
+def ahead_weights(part: float) -> tuple[float, float, float]:
+    """Weights of the losses on the next three tokens after a share of the steps: the last falls to
+    0 in the first third, the second in the second (record 53). They do not sum to 1."""
+    third, at = int(3 * part), 3 * part % 1
+    return ((1.0, 0.5, 0.25 * (1 - at)), (1.0, 0.5 * (1 - at), 0.0), (1.0, 0.0, 0.0))[third]
 
 
 def plan_steps(cfg: Config, budget: int) -> list[Step]:
@@ -476,7 +485,8 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
         cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
         mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
-        steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start))
+        ahead = ahead_weights(i / total) if s.mtp else ()
+        steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start, ahead))
         start += st.tokens
     return steps
 
@@ -635,30 +645,54 @@ def token_losses(z: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
 
 
-def losses_and_grad(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
-    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
+def later_targets(targets: Tensor, docs: Tensor, count: int) -> Tensor:
+    """targets, docs [B, T] -> [B, T, count]: the next token, the one after it, ...; -1 where there
+    is none within the row and what the document's own tokens predict."""
+    out = [targets]
+    for k in range(1, count):
+        counts = (docs[:, k:] == docs[:, :-k]) & (targets[:, :-k] >= 0)
+        out.append(F.pad(torch.where(counts, targets[:, k:], -1), (0, k), value=-1))
+    return torch.stack(out, dim=-1)
+
+
+def losses_and_grad(
+    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept.
+
+    targets [N], or [N, K] and weights [K] (record 53): then the gradient is that of the weighted
+    sum of K losses, and `losses` is still the first, without its weight.
+    """
     logits = softcap(z, cap)
     total = log_partition(logits, cap)
+    targets = targets[:, None] if weights is None else targets
     valid = targets >= 0
-    hit = logits.gather(1, targets.clamp(min=0)[:, None])
-    losses = torch.where(valid, (total - hit)[:, 0], 0.0)
-    is_target = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    grad = (torch.exp(logits - total) - is_target.float()) * valid[:, None]
+    hit = logits.gather(1, targets[:, :1].clamp(min=0))
+    losses = torch.where(valid[:, 0], (total - hit)[:, 0], 0.0)
+    share = valid.float() if weights is None else valid * weights
+    columns = torch.arange(z.size(1), device=z.device)
+    grad = torch.exp(logits - total) * share.sum(1, keepdim=True)
+    for target, weight in zip(targets.split(1, dim=1), share.split(1, dim=1), strict=True):
+        grad = grad - torch.where(columns == target, weight, 0.0)
     if cap:
         top, _, width = cap_constants(cap)
         grad = grad * (logits * (1 / width) * (1 - logits / top))
     return losses, grad
 
 
-def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+def grad_in(
+    z: Tensor, targets: Tensor, scale: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, weights)
     return losses, (g * scale).to(z.dtype)
 
 
-def grad_in_fp8(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+def grad_in_fp8(
+    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, weights)
     return losses, to_fp8(g, G8_SCALE, E5M2)
 
 
@@ -694,14 +728,16 @@ class Head:
         else:
             self._cast = (self.weight.to(self.dtype),)
 
-    def piece(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def piece(self, h: Tensor, targets: Tensor, scale: Tensor, weights) -> tuple[Tensor, Tensor]:
         """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
         (w,) = self._cast
-        losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, weights)
         self.weight.grad.add_(g.t() @ h)
         return losses, g @ w
 
-    def piece_fp8(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def piece_fp8(
+        self, h: Tensor, targets: Tensor, scale: Tensor, weights
+    ) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
@@ -709,18 +745,21 @@ class Head:
         gs = scale * G8_SCALE
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
-        losses, g8 = self._grad(z, targets, self.cap)
+        losses, g8 = self._grad(z, targets, self.cap, weights)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         g8t, x8t = self._transposed(g8), self._transposed_x(x8)
         self.weight.grad.add_(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
         return losses, dh
 
     @torch.no_grad()
-    def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad."""
+    def backward(
+        self, h: Tensor, targets: Tensor, scale: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad. With
+        weights [K] targets are [N, K], as in `losses_and_grad`."""
         run = self.piece_fp8 if self.fp8 else self.piece
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        losses, grads = zip(*(run(x, t, scale) for x, t in pairs), strict=True)
+        losses, grads = zip(*(run(x, t, scale, weights) for x, t in pairs), strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
@@ -2133,10 +2172,14 @@ class Hooks:
 def windows(long: int, device: torch.device) -> Tensor:
     """[2] int32: the long window, and half of it in whole blocks for the other layers."""
     both = torch.tensor([long, max(BLOCK, long // 2 // BLOCK * BLOCK)], dtype=torch.int32)
-    # A copy from pageable memory would make the host wait for all that the device has to do.
+    return on_device(both, device)
+
+
+def on_device(t: Tensor, device: torch.device) -> Tensor:
+    """A copy from pageable memory would make the host wait for all that the device has to do."""
     if torch.device(device).type == "cpu":
-        return both
-    return both.pin_memory().to(device, non_blocking=True)
+        return t
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
@@ -2325,13 +2368,17 @@ class Trainer:
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
         window, scale = windows(step.window, device), LOSS_SCALE / counted
-        total = torch.zeros(2, device=device)
+        total, weights = torch.zeros(2, device=device), None
+        if step.ahead:
+            weights = on_device(torch.tensor(step.ahead), device)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
-            flat = h.detach().flatten(0, 1)
-            losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
+            flat, targets = h.detach().flatten(0, 1), part.targets
+            if step.ahead:
+                targets = later_targets(targets, part.docs, len(step.ahead))
+            losses, grad = self.head.backward(flat, targets.flatten(0, 1), scale, weights)
             h.backward(grad.view_as(h))
             total[0] += losses.sum() / counted
         total[1] += float(self.stop)
