@@ -96,6 +96,9 @@ class ModelConfig:
     x0: bool = knob(True, "x <- a x + b x0 before each block (record 9)")
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
+    attention_from: int = knob(
+        -1, "block whose output all later attention reads (record 77: 8 of 12; -1: off)"
+    )
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
     smear: bool = knob(False, "a gated share of the embedding of the token before (record 34)")
     value_layers: tuple[int, ...] = knob(
@@ -319,6 +322,9 @@ def config_from_flat(flat: dict) -> Config:
     return Config(preset=flat["preset"]).with_(**out)
 
 
+MAY_BE_NEGATIVE = ("lambda_bias", "backout", "attention_from")
+
+
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     """Everything that cannot run, one sentence each; needs neither GPU nor data."""
     m, s, d, r = cfg.model, cfg.schedule, cfg.data, cfg.run
@@ -330,7 +336,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
 
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
-        if f.type in ("int", "float") and name not in ("lambda_bias", "backout"):
+        if f.type in ("int", "float") and name not in MAY_BE_NEGATIVE:
             need(value >= 0 and math.isfinite(value), f"--{name} {value} must be >= 0 and finite")
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
@@ -342,7 +348,9 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
-    need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
+    for name in ("backout", "attention_from"):
+        i = getattr(m, name)
+        need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
@@ -1288,9 +1296,12 @@ class Block(nn.Module):
         self.attn = None if layer in cfg.no_attention else Attention(cfg, layer)
         self.mlp = MLP(cfg, layer)
 
-    def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, ve: Tensor | None, ctx: Context, source: Tensor | None = None
+    ) -> Tensor:
+        """Attention reads `source` where there is one, x otherwise."""
         if self.attn is not None:
-            x = x + self.attn(norm(x), ve, ctx)
+            x = x + self.attn(norm(x if source is None else source), ve, ctx)
         return x + self.mlp(norm(x))
 
 
@@ -1380,8 +1391,8 @@ class GPT(nn.Module):
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
-            x = block(x, ve, contexts[i])
-            if i in (*cfg.skip, cfg.backout):
+            x = block(x, ve, contexts[i], saved.get(cfg.attention_from))
+            if i in (*cfg.skip, cfg.backout, cfg.attention_from):
                 saved[i] = x
         if cfg.backout >= 0:
             x = x - self.mix[1].to(x.dtype) * saved[cfg.backout]

@@ -26,10 +26,11 @@ IDEAS = {
     "value gate": {"value_gate": True},
     "value layers": {"value_layers": (1, 2, 3)},
     "shifted cap": {"shifted_cap": True},
+    "single activation": {"attention_from": 1},
 }
 TRAINING = {"mtp": {"mtp": True}, "optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
 # Without a parameter that starts as a no-op.
-ACTS_AT_ONCE = {"key offset", "value layers"}
+ACTS_AT_ONCE = {"key offset", "value layers", "single activation"}
 
 
 def build(random: bool = True, **changes) -> T.GPT:
@@ -503,3 +504,18 @@ def test_logged_loss_is_the_next_tokens_alone(text_data, tmp_path):
     assert logs[True][0]["loss"] == logs[False][0]["loss"]
     assert logs[True][0]["grad_norm"] > 1.1 * logs[False][0]["grad_norm"]
     assert logs[True][1]["loss"] != logs[False][1]["loss"]
+
+
+# ---- one activation for later attention ---------------------------------------------------------
+
+
+def test_later_attention_reads_one_blocks_output():
+    model, (tokens, docs) = build(attention_from=1), rows_of_text()
+    outputs, inputs = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: outputs.append(out))
+        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(tokens, docs, window())
+    for x in inputs[2:]:
+        torch.testing.assert_close(x, T.norm(outputs[1]))
+    assert not torch.allclose(inputs[1], T.norm(outputs[1]))
