@@ -68,7 +68,13 @@ def opens(docs, b: int, t: int) -> bool:
 @pytest.mark.parametrize("idea", IDEAS)
 @pytest.mark.parametrize("arm", ["softmax", "diff_v2"])
 def test_causal_and_within_the_document(idea, arm):
-    check_causal(arm, IDEAS[idea])
+    check_causal(arm, IDEAS[idea], preset="demo")
+
+
+def test_causal_all_together():
+    """At the full depth: blocks without attention, a skip, long layers 0, 4 and 11."""
+    changes = {k: v for idea in IDEAS.values() for k, v in idea.items()}
+    check_causal("diff_v2,form=full", {**changes, "value_layers": (1, 9, 11), "xsa": True})
 
 
 @pytest.mark.parametrize("idea", [i for i in IDEAS if i not in ACTS_AT_ONCE])
