@@ -97,12 +97,26 @@ class ModelConfig:
     half_rope: bool = knob(True, "rotate half of each head, base 1024 (record 17)")
     score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / head_dim, or its -1/2 power bare)")
     softcap: float = knob(30.0, "logits = c sigmoid(4 z / c) (record 18; 0: off)")
+    shifted_cap: bool = knob(False, "logits = 23 sigmoid((z + 5) / 7.5) instead (record 54)")
     x0: bool = knob(True, "x <- a x + b x0 before each block (record 9)")
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
+    attention_from: int = knob(
+        -1, "block whose output all later attention reads (record 77: 8 of 12; -1: off)"
+    )
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
+    smear: bool = knob(False, "a gated share of the embedding of the token before (record 34)")
+    value_layers: tuple[int, ...] = knob(
+        (), "blocks with a value embedding of their own, instead of those (record 63)"
+    )
+    value_gate: bool = knob(False, "a gate on each head's value embedding (record 55)")
     gate: bool = knob(True, "a sigmoid gate on each head's output (record 28)")
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
+    key_offset: bool = knob(
+        False, "long layers: the unrotated half of a key is the token before's (record 49)"
+    )
+    bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
+    bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
 
 
@@ -112,6 +126,10 @@ class OptimConfig:
 
     matrix_lr: float = knob(0.03, "Muon, block matrices; times sqrt(max(1, rows / cols))")
     matrix_wd: float = knob(0.0, "Muon, decoupled weight decay, 1 / lr")
+    cautious_wd: float = knob(
+        0.0, "Muon, decay where the update agrees, 1 / lr^2 (record 43: 1.2; 0: off)"
+    )
+    normuon: float = knob(0.0, "Muon, beta2 of its rows' mean squares (record 41: 0.95; 0: off)")
     momentum: float = knob(0.95, "Muon")
     momentum_start: float = knob(0.85, "Muon at step 0, and at the end after momentum_cooldown")
     momentum_warmup: int = knob(300, "steps from momentum_start to momentum")
@@ -162,6 +180,7 @@ class ScheduleConfig:
     warmup: float = knob(0.0, "share of the steps in which lr rises from 0")
     cooldown: float = knob(0.45, "share of the steps in which lr falls to lr_floor, linearly")
     lr_floor: float = knob(0.1, "lr factor that the cooldown falls to")
+    mtp: bool = knob(False, "train on the next 3, 2, 1 tokens by thirds of the steps (record 53)")
     ext_window: int = knob(2560, "long window of val_loss_ext, tokens (0: as trained)")
 
 
@@ -315,6 +334,7 @@ def config_from_flat(flat: dict) -> Config:
 
 
 LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
+LEAST = {"lambda_bias": -LARGEST, "backout": -1, "attention_from": -1}  # of the others: 0
 
 
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
@@ -329,21 +349,29 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
         if f.type in ("int", "float"):
-            least = {"lambda_bias": -LARGEST, "backout": -1}.get(name, 0)
+            least = LEAST.get(name, 0)
             need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
-    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip"):
+    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers"):
         over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
-    need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
+    for name in ("backout", "attention_from"):
+        i = getattr(m, name)
+        need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
-    need(not set(m.layers) & set(m.no_attention), "--layers names blocks of --no_attention")
+    need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
+    need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
+    rotates_half = m.rope and m.half_rope
+    need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
+    for name in ("layers", "value_layers"):
+        without = set(getattr(m, name)) & set(m.no_attention)
+        need(not without, f"--{name} names blocks of --no_attention")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
     need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
@@ -446,6 +474,14 @@ class Step:
     momentum: float
     window: int  # tokens, long layers
     start: int  # tokens trained before it
+    ahead: tuple[float, ...] = ()  # weights of the next tokens' losses (empty: the next one alone)
+
+
+def ahead_weights(part: float) -> tuple[float, float, float]:
+    """Weights of the losses on the next three tokens after a share of the steps: the last falls to
+    0 in the first third, the second in the second (record 53). They do not sum to 1."""
+    third, at = int(3 * part), 3 * part % 1
+    return ((1.0, 0.5, 0.25 * (1 - at)), (1.0, 0.5 * (1 - at), 0.0), (1.0, 0.0, 0.0))[third]
 
 
 def plan_steps(cfg: Config, budget: int) -> list[Step]:
@@ -476,7 +512,8 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
         cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
         mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
-        steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start))
+        ahead = ahead_weights(i / total) if s.mtp else ()
+        steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start, ahead))
         start += st.tokens
     return steps
 
@@ -612,49 +649,88 @@ def fp8_works(device: torch.device) -> bool:
         return False
 
 
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """cap sigmoid(4 z / cap): slope 1 at 0, range (0, cap) (record 19); fp32."""
-    return cap * torch.sigmoid(z.float() * (4 / cap)) if cap else z.float()
+# c, or (top, shift, width) of top x sigmoid((z + shift) / width)
+Cap = float | tuple[float, float, float]
+SHIFTED_CAP = (23.0, 5.0, 7.5)  # more room for "very unlikely" than for "very likely" (record 54)
 
 
-def log_partition(logits: Tensor, cap: float) -> Tensor:
+def cap_constants(cap: Cap) -> tuple[float, float, float]:
+    """(top, shift, width); a number c stands for c sigmoid(4 z / c): slope 1 at 0 (record 19)."""
+    return cap if isinstance(cap, tuple) else (cap, 0.0, cap / 4)
+
+
+def softcap(z: Tensor, cap: Cap) -> Tensor:
+    """top sigmoid((z + shift) / width), range (0, top); z itself where cap is 0; fp32."""
+    if not cap:
+        return z.float()
+    top, shift, width = cap_constants(cap)
+    return top * torch.sigmoid((z.float() + shift) * (1 / width))
+
+
+def log_partition(logits: Tensor, cap: Cap) -> Tensor:
     """log sum exp over the last dimension, kept. Logits under a cap need no maximum first, which
     saves a pass over them."""
     if cap:
-        return torch.exp(logits - cap).sum(-1, keepdim=True).log() + cap
+        top, _, _ = cap_constants(cap)
+        return torch.exp(logits - top).sum(-1, keepdim=True).log() + top
     return torch.logsumexp(logits, -1, keepdim=True)
 
 
-def token_losses(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+def token_losses(z: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     """Cross-entropy [N] in nats of softcapped logits z [N, V]; 0 where the target is negative."""
     logits = softcap(z, cap)
     hit = logits.gather(1, targets.clamp(min=0)[:, None])
     return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
 
 
-def losses_and_grad(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
+def later_targets(targets: Tensor, docs: Tensor, count: int) -> Tensor:
+    """targets, docs [B, T] -> [B, T, count]: the next token, the one after it, ...; -1 where there
+    is none within the row and what the document's own tokens predict."""
+    out = [targets]
+    for k in range(1, count):
+        counts = (docs[:, k:] == docs[:, :-k]) & (targets[:, :-k] >= 0)
+        out.append(F.pad(torch.where(counts, targets[:, k:], -1), (0, k), value=-1))
+    return torch.stack(out, dim=-1)
+
+
+def losses_and_grad(
+    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept.
+
+    targets [N], or [N, K] and weights [K] (record 53): then the gradient is that of the weighted
+    sum of K losses, and `losses` is still the first, without its weight.
+    """
     logits = softcap(z, cap)
     total = log_partition(logits, cap)
+    targets = targets[:, None] if weights is None else targets
     valid = targets >= 0
-    hit = logits.gather(1, targets.clamp(min=0)[:, None])
-    losses = torch.where(valid, (total - hit)[:, 0], 0.0)
-    is_target = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    grad = (torch.exp(logits - total) - is_target.float()) * valid[:, None]
+    hit = logits.gather(1, targets[:, :1].clamp(min=0))
+    losses = torch.where(valid[:, 0], (total - hit)[:, 0], 0.0)
+    share = valid.float() if weights is None else valid * weights
+    columns = torch.arange(z.size(1), device=z.device)
+    grad = torch.exp(logits - total) * share.sum(1, keepdim=True)
+    for target, weight in zip(targets.split(1, dim=1), share.split(1, dim=1), strict=True):
+        grad = grad - torch.where(columns == target, weight, 0.0)
     if cap:
-        grad = grad * (logits * (4 / cap) * (1 - logits / cap))
+        top, _, width = cap_constants(cap)
+        grad = grad * (logits * (1 / width) * (1 - logits / top))
     return losses, grad
 
 
-def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def grad_in(
+    z: Tensor, targets: Tensor, scale: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, weights)
     return losses, (g * scale).to(z.dtype)
 
 
-def grad_in_fp8(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def grad_in_fp8(
+    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, weights)
     return losses, to_fp8(g, G8_SCALE, E5M2)
 
 
@@ -671,8 +747,10 @@ class Head:
     the gradient cost 3 ms a piece (LAB_LOG 2026-11-24).
     """
 
-    def __init__(self, weight: nn.Parameter, cap: float, dtype, fp8: bool, compiled: bool):
+    def __init__(self, weight: nn.Parameter, cap: Cap, dtype, fp8: bool, compiled: bool):
         self.weight, self.cap, self.dtype, self.fp8 = weight, cap, dtype, fp8
+        # A flatter cap asks for larger logits: record 58 has room for weights up to 1.6.
+        self.w8_scale = 2 * W8_SCALE if cap == SHIFTED_CAP else W8_SCALE
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         wrap = wrap if compiled else lambda f: f
         self._grad = wrap(grad_in_fp8 if fp8 else grad_in)
@@ -683,38 +761,43 @@ class Head:
     @torch.no_grad()
     def prepare(self) -> None:
         if self.fp8:
-            w8 = to_fp8(self.weight, W8_SCALE, E4M3)
+            w8 = to_fp8(self.weight, self.w8_scale, E4M3)
             self._cast = (w8, w8.t().contiguous())
         else:
             self._cast = (self.weight.to(self.dtype),)
 
-    def piece(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def piece(self, h: Tensor, targets: Tensor, scale: Tensor, weights) -> tuple[Tensor, Tensor]:
         """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
         (w,) = self._cast
-        losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, weights)
         self.weight.grad.add_(g.t() @ h)
         return losses, g @ w
 
-    def piece_fp8(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def piece_fp8(
+        self, h: Tensor, targets: Tensor, scale: Tensor, weights
+    ) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
-        xs, ws = scale.new_full((), x_scale), scale.new_full((), W8_SCALE)
+        xs, ws = scale.new_full((), x_scale), scale.new_full((), self.w8_scale)
         gs = scale * G8_SCALE
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
-        losses, g8 = self._grad(z, targets, self.cap)
+        losses, g8 = self._grad(z, targets, self.cap, weights)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         g8t, x8t = self._transposed(g8), self._transposed_x(x8)
         self.weight.grad.add_(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
         return losses, dh
 
     @torch.no_grad()
-    def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad."""
+    def backward(
+        self, h: Tensor, targets: Tensor, scale: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad. With
+        weights [K] targets are [N, K], as in `losses_and_grad`."""
         run = self.piece_fp8 if self.fp8 else self.piece
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        losses, grads = zip(*(run(x, t, scale) for x, t in pairs), strict=True)
+        losses, grads = zip(*(run(x, t, scale, weights) for x, t in pairs), strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
@@ -802,6 +885,16 @@ def rope_table(length: int, dim: int, half: bool) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
+def starts_of(docs: Tensor) -> Tensor:
+    """docs [B, T] -> bool [B, T]: tokens that nothing comes before in their row and document."""
+    return docs != F.pad(docs[:, :-1], (1, 0), value=-1)
+
+
+def before(x: Tensor) -> Tensor:
+    """x [B, T, ...] of the token before; the first of a row keeps its own."""
+    return torch.cat([x[:, :1], x[:, :-1]], dim=1)
+
+
 @dataclass
 class Context:
     """What the model tells an arm about the rows at hand."""
@@ -809,6 +902,7 @@ class Context:
     mask: BlockMask | Tensor  # block mask, or bool [B, 1 or Hq, T, T]
     rope: dict[int, Tensor]  # head dimension -> [2, T, D / 2]; empty: no rotation
     scale: Callable[[int], float]  # factor on q.k for a head dimension
+    starts: Tensor | None = None  # as `starts_of` has them, where keys are offset
 
 
 def rotate(x: Tensor, ctx: Context) -> Tensor:
@@ -818,6 +912,13 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
     cos, sin = ctx.rope[x.size(-1)][:, : x.size(1), None].unbind(0)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+
+def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
+    """k [B, T, H, D] with the dimensions that half RoPE leaves alone taken from the token before,
+    or its own where there is none: one layer then finds what followed a token (record 49)."""
+    still = torch.arange(k.size(-1), device=k.device) // (k.size(-1) // 4) % 2 == 1
+    return torch.where(still & ~starts[:, :, None, None], before(k), k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
@@ -939,9 +1040,11 @@ class Arm(nn.Module):
         return c[0] * v + c[1] * ve.view_as(v)
 
     def position(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """QK norm and RoPE on [B, T, H, D]."""
+        """QK norm, key offset and RoPE on [B, T, H, D]."""
         if self.cfg.qk_norm:
             q, k = norm(q), norm(k)
+        if self.cfg.key_offset and self.layer in self.cfg.long_layers:
+            k = offset_keys(k, ctx.starts)
         return rotate(q, ctx), rotate(k, ctx)
 
 
@@ -1087,7 +1190,7 @@ def build_arm(cfg: ModelConfig, layer: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """An arm with what all arms share: XSA, the output gate and the output projection."""
+    """An arm with what all arms share: XSA, the gates and the output projection."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -1096,11 +1199,18 @@ class Attention(nn.Module):
         self.o = Linear(cfg.d_model, self.arm.n_out, bias=cfg.bias, zero=True)
         self.gate = parameter((heads, 12), ("zeros",), "gate") if cfg.gate else None
         self.xsa = parameter((heads,), ("zeros",), "gate") if cfg.xsa else None
+        self.value_gate = None
+        if cfg.value_gate and has_values(cfg, layer):
+            value_heads = self.arm.kv_width * heads // self.arm.n_out
+            self.value_gate = parameter((value_heads, 12), ("zeros",), "gate")
         if getattr(self.arm, "head_windows", None) is not None:
             caps = torch.tensor(self.arm.head_windows, dtype=torch.int32)
             self.register_buffer("window_caps", caps, persistent=False)
 
     def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+        if self.value_gate is not None:  # record 55; starts as a no-op
+            open_ = 2 * torch.sigmoid(F.linear(x[..., :12], self.value_gate.to(x.dtype)))
+            ve = (ve.unflatten(-1, (open_.size(-1), -1)) * open_[..., None]).flatten(2)
         y, v = self.arm(x, ve, ctx)
         y = y.unflatten(-1, (self.arm.heads, -1))
         if self.xsa is not None:  # 2603.09078; starts as a no-op (record 82)
@@ -1117,10 +1227,13 @@ class Attention(nn.Module):
 
 
 def value_slot(cfg: ModelConfig, layer: int) -> int | None:
-    """Which value table a block reads: the first n blocks and, mirrored in order, the last n."""
+    """Which value table a block reads: the first n blocks and, mirrored in order, the last n; or
+    each of `value_layers` its own."""
     n = cfg.value_tables
     if layer in cfg.no_attention:
         return None
+    if cfg.value_layers:
+        return cfg.value_layers.index(layer) if layer in cfg.value_layers else None
     slots = {**{i: i for i in range(n)}, **{cfg.n_layer - n + i: i for i in range(n)}}
     return slots.get(layer)
 
@@ -1138,6 +1251,63 @@ def padded(vocab: int) -> int:
     """Rows of the head: a multiple of 128 for the tensor cores, of 16 for a vocabulary of bytes."""
     unit = 128 if vocab > 1024 else 16
     return math.ceil(vocab / unit) * unit
+
+
+class Smear(nn.Module):
+    """e <- e + s sigmoid(w . e[:12]) x the embedding of the token before (record 34)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = parameter((12,), ("zeros",), "smear")
+        self.share = parameter((1,), ("zeros",), "scalar")
+
+    def forward(self, e: Tensor, starts: Tensor) -> Tensor:
+        """e [B, T, d] before its norm; nothing crosses a document's start."""
+        gate = torch.sigmoid(F.linear(e[..., :12], self.gate[None].to(e.dtype)))
+        share = torch.where(starts[..., None], 0.0, gate * self.share.to(e.dtype))
+        return e + share * before(e)
+
+
+SIGN_ROWS = 8192
+
+
+class Bigram(nn.Module):
+    """A table of embeddings for pairs of tokens, which share rows by a hash (record 62).
+
+    `rows`: see `row_of`; the last is for the first token of a document. With `signs` (record 83)
+    fewer columns do: pairs that share a row rarely share their row of random signs, too, so that
+    what they learn adds up to noise of mean zero.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.rows = cfg.bigram
+        dim = cfg.bigram_dim or cfg.d_model
+        self.table = parameter((self.rows, dim), ("zeros",), "bigram")
+        self.scale = parameter((cfg.n_layer,), ("constant", 0.1), "scalar")  # of each block's share
+        if cfg.bigram_dim:
+            gen = torch.Generator().manual_seed(0)  # persistent: a checkpoint holds what it drew
+            bits = torch.randint(2, (SIGN_ROWS, dim), generator=gen, dtype=torch.int8)
+            self.register_buffer("signs", 2 * bits - 1)
+
+    def row_of(self, tokens: Tensor, last: Tensor, starts: Tensor) -> Tensor:
+        """[B, T] int64, of the pairs (last, token)."""
+        row = ((tokens * 36_313) ^ (last * 27_191)) % (self.rows - 1)
+        return torch.where(starts, self.rows - 1, row)
+
+    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens [B, T], starts as `starts_of` has them -> [B, T, columns of the table]."""
+        tokens = tokens.long()
+        last = torch.where(starts, 0, before(tokens))
+        e = F.embedding(self.row_of(tokens, last, starts), self.table).to(dtype)
+        if hasattr(self, "signs"):
+            e = e * self.signs[(last ^ tokens) % SIGN_ROWS].to(dtype)
+        return e
+
+    def join(self, x: Tensor, pairs: Tensor, layer: int) -> Tensor:
+        """x [B, T, d] and a block's share of `pairs`, in the columns that there are."""
+        share = self.scale[layer].to(x.dtype) * pairs
+        return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
 class MLP(nn.Module):
@@ -1159,9 +1329,12 @@ class Block(nn.Module):
         self.attn = None if layer in cfg.no_attention else Attention(cfg, layer)
         self.mlp = MLP(cfg, layer)
 
-    def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, ve: Tensor | None, ctx: Context, source: Tensor | None = None
+    ) -> Tensor:
+        """Attention reads `source` where there is one, x otherwise."""
         if self.attn is not None:
-            x = x + self.attn(norm(x), ve, ctx)
+            x = x + self.attn(norm(x if source is None else source), ve, ctx)
         return x + self.mlp(norm(x))
 
 
@@ -1171,7 +1344,8 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.softcap = cfg, dtype, cfg.softcap
+        self.cfg, self.dtype = cfg, dtype
+        self.softcap: Cap = SHIFTED_CAP if cfg.shifted_cap else cfg.softcap
         self.flex: bool | None = None  # None: FlexAttention on CUDA, dense on CPU
         rows = padded(cfg.vocab)
         self.embed = parameter((rows, cfg.d_model), ("normal", 1.0), "embed")
@@ -1179,7 +1353,10 @@ class GPT(nn.Module):
         self.head = parameter((rows, cfg.d_model), ("zeros",), "head")
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
-        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(cfg.value_tables))
+        tables = len(cfg.value_layers) or cfg.value_tables
+        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
+        self.bigram = Bigram(cfg) if cfg.bigram else None
+        self.smear = Smear() if cfg.smear else None
         self.register_rope(max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
@@ -1210,6 +1387,7 @@ class GPT(nn.Module):
         flex = docs.is_cuda if self.flex is None else self.flex
         make = block_mask if flex and docs.size(1) % BLOCK == 0 else dense_mask
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
+        starts = starts_of(docs) if self.cfg.key_offset else None
         masks, out = {}, []
         for i, block in enumerate(self.blocks):
             if block.attn is None:
@@ -1222,25 +1400,32 @@ class GPT(nn.Module):
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
                 masks[key] = make(docs, w)
-            out.append(Context(masks[key], rope, self.score_scale))
+            out.append(Context(masks[key], rope, self.score_scale, starts))
         return out
 
     def forward(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:
         cfg = self.cfg
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
-        x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        x = F.embedding(tokens, self.embed).to(self.dtype)
+        if self.smear is not None:
+            x = self.smear(x, starts_of(docs))
+        x = x0 = norm(x)
+        if self.bigram is not None:
+            pairs = self.bigram(tokens, starts_of(docs), self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
         for i, block in enumerate(self.blocks):
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
             if cfg.x0:
                 x = resid[i, 0] * x + resid[i, 1] * x0
+            if self.bigram is not None:
+                x = self.bigram.join(x, pairs, i)
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
-            x = block(x, ve, contexts[i])
-            if i in (*cfg.skip, cfg.backout):
+            x = block(x, ve, contexts[i], saved.get(cfg.attention_from))
+            if i in (*cfg.skip, cfg.backout, cfg.attention_from):
                 saved[i] = x
         if cfg.backout >= 0:
             x = x - self.mix[1].to(x.dtype) * saved[cfg.backout]
@@ -1286,7 +1471,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         stored += p.numel()
         if ".attn." in name:
             attention += p.numel()
-        if p.ndim == 2 and group not in ("embed", "value", "scalar"):
+        if p.ndim == 2 and group not in ("embed", "value", "bigram", "scalar"):
             active += p.numel()
     return {"active_matmul": active, "stored": stored, "attention": attention}
 
@@ -1329,6 +1514,18 @@ def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> 
     return x.mT if tall else x
 
 
+def even_out(step: Tensor, second: Tensor, beta2: float, bad: Tensor) -> Tensor:
+    """NorMuon (record 41): step [n, rows, cols] with its rows (columns where they are more) divided
+    by the root of their mean squares, which `second` [n, max(rows, cols)] averages over time; each
+    matrix keeps its norm. Where `bad`, `second` stays as it is."""
+    squares = step.square().mean(2 if step.size(1) >= step.size(2) else 1, keepdim=True)
+    second.lerp_(squares.flatten(1), torch.where(bad, 0.0, 1 - beta2))
+    mean = second.view_as(squares).clamp(min=1e-10)
+    kept = squares.sum((1, 2), keepdim=True)
+    norm = (squares / mean).sum((1, 2), keepdim=True).clamp(min=1e-30)
+    return step * (kept / (norm * mean)).sqrt()
+
+
 @dataclass(frozen=True)
 class Group:
     """A row of the optimizer's table."""
@@ -1338,18 +1535,24 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     wd: float = 0.0
     eps: float = 1e-10
+    beta2: float = 0.0  # muon: see `even_out`
+    cautious_wd: float = 0.0  # muon: see `Bank.update`
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
     """The one table: what `p.group` names (constants of records 20 to 57, see OptimConfig)."""
     adam = functools.partial(Group, "adam", eps=o.adam_eps, wd=o.adam_wd)
     return {
-        "matrix": Group("muon", o.matrix_lr, wd=o.matrix_wd),
+        "matrix": Group(
+            "muon", o.matrix_lr, wd=o.matrix_wd, beta2=o.normuon, cautious_wd=o.cautious_wd
+        ),
         "head": adam(o.head_lr),
         "embed": adam(o.embed_lr),
         "value": adam(o.value_lr),
+        "bigram": adam(o.value_lr, (0.75, 0.95)),
         "scalar": adam(o.scalar_lr, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
+        "smear": adam(0.01 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 52
     }
 
 
@@ -1395,6 +1598,8 @@ class Bank:
         """State as at step 0."""
         if self.group.kind == "muon":
             self.momentum = torch.zeros_like(self.own)
+            if self.group.beta2:
+                self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
         else:
             g = self.group
             self.own.grad = self.own_grad
@@ -1417,16 +1622,23 @@ class Bank:
         # Nesterov momentum as interpolations (TECHNIQUES 2.1), then one orthogonalisation a bank.
         self.momentum.lerp_(self.own_grad, 1 - momentum)
         u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
-        step = orthogonalize(u, dtype).masked_fill_(bad, 0).to(self.own.dtype)
-        rate = self.group.lr * lr
+        step = orthogonalize(u, dtype).to(self.own.dtype)
+        if self.group.beta2:
+            step = even_out(step, self.second.view(len(step), -1), self.group.beta2, bad)
+        rate, weights = self.group.lr * lr, self.own.view_as(step)
+        if self.group.cautious_wd:  # only where both shrink the weight; cools with lr squared
+            agrees = torch.where(step * weights >= 0, weights, 0.0)
+            step = step.add(agrees, alpha=rate * self.group.cautious_wd)
         if self.group.wd:
             self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
-        self.own.view(-1, rows, cols).add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
+        step = step.masked_fill(bad, 0)
+        weights.add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count beside."""
+        """Name of each state tensor -> its owned slice; `adam` has a step count too. `second` has
+        a number for every min(rows, cols) weights."""
         if self.group.kind == "muon":
-            return {"momentum": self.momentum}
+            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
         state = self.adam.state.get(self.own, {})
         return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
 
@@ -1498,18 +1710,20 @@ class Optimizer:
         return length
 
     def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
-        """{parameter's name: {state's name: tensor of the parameter's shape}}, in the CPU's memory,
-        the same at any world size. A collective call; a rank that does not want it gets {}."""
+        """{parameter's name: {state's name: tensor of the parameter's shape, `second` [n, max(rows,
+        cols)]}}, in the CPU's memory, the same at any world size. A collective call; a rank that
+        does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key, own in bank.state().items():
-                full = own
+                full, k = own, bank.own.numel() // own.numel()
                 if self.world.size > 1:
-                    full = torch.empty_like(bank.data)
+                    full = own.new_empty(own.numel() * self.world.size)
                     self.world.all_gather(full, own).wait()
                 for name, (offset, p) in bank.slots.items() if wanted else ():
-                    part = full[offset : offset + p.numel()].view(p.shape)
-                    out.setdefault(name, {})[key] = to_host(part)
+                    part = full[offset // k : (offset + p.numel()) // k]
+                    shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
+                    out.setdefault(name, {})[key] = to_host(part.view(shape))
             if wanted and bank.group.kind == "adam" and bank.adam.state.get(bank.own):
                 for name in bank.slots:
                     out[name]["step"] = to_host(bank.adam.state[bank.own]["step"])
@@ -1523,17 +1737,18 @@ class Optimizer:
             bank.reset()
             first = state.get(next(iter(bank.slots)), {})
             for key in set(first) - {"step"}:
-                full = torch.zeros_like(bank.data)
+                k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
+                full = bank.data.new_zeros(bank.data.numel() // k)
                 for name, (offset, p) in bank.slots.items():
-                    full[offset : offset + p.numel()] = state[name][key].flatten()
-                n = bank.own.numel()
+                    full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
+                n = bank.own.numel() // k
                 own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
                 if bank.group.kind == "muon":
-                    bank.momentum = own
+                    setattr(bank, key, own)
                 else:
                     bank.adam.state[bank.own][key] = own
             if "step" in first:
-                bank.adam.state[bank.own]["step"] = first["step"].to(bank.own.device)
+                bank.adam.state[bank.own]["step"] = first["step"].to(bank.own.device, copy=True)
 
 
 # ---- 7. Data ------------------------------------------------------------------------------------
@@ -2091,10 +2306,14 @@ class Hooks:
 def windows(long: int, device: torch.device) -> Tensor:
     """[2] int32: the long window, and half of it in whole blocks for the other layers."""
     both = torch.tensor([long, max(BLOCK, long // 2 // BLOCK * BLOCK)], dtype=torch.int32)
-    # A copy from pageable memory would make the host wait for all that the device has to do.
+    return on_device(both, device)
+
+
+def on_device(t: Tensor, device: torch.device) -> Tensor:
+    """A copy from pageable memory would make the host wait for all that the device has to do."""
     if torch.device(device).type == "cpu":
-        return both
-    return both.pin_memory().to(device, non_blocking=True)
+        return t
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
@@ -2308,13 +2527,17 @@ class Trainer:
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
         window, scale = windows(step.window, device), LOSS_SCALE / counted
-        total = torch.zeros((), device=device)
+        total, weights = torch.zeros((), device=device), None
+        if step.ahead:
+            weights = on_device(torch.tensor(step.ahead), device)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
-            flat = h.detach().flatten(0, 1)
-            losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
+            flat, targets = h.detach().flatten(0, 1), part.targets
+            if step.ahead:
+                targets = later_targets(targets, part.docs, len(step.ahead))
+            losses, grad = self.head.backward(flat, targets.flatten(0, 1), scale, weights)
             h.backward(grad.view_as(h))
             total += losses.sum() / counted
         return total

@@ -19,9 +19,12 @@ class NCAConfig(PreTrainedConfig):
         scale: factor on q.k; window: 0 for the long one, 1 for the short
         second_window: a cap on the second map's window, tokens, or None
         value_table: index of the value embedding that is mixed into v, or None
-        lambda_init: diff_v1's constant.
+        lambda_init: diff_v1's constant
+        key_offset: whether half of a key is the token before's.
     rotary: "half" of each head (base 1024), "full" (base 10,000) or None.
-    qk_norm, gate, xsa, bias, x0, skip, backout, softcap: as train_gpt.py --help has them.
+    softcap: c of c sigmoid(4 z / c), [top, shift, width] of top sigmoid((z + shift) / width), or 0.
+    qk_norm, gate, xsa, bias, x0, skip, backout, smear, bigram, bigram_dim, value_gate,
+    attention_from: as train_gpt.py --help has them.
     value_tables: their widths.
     """
 
@@ -48,6 +51,11 @@ class NCAConfig(PreTrainedConfig):
         skip=(),
         backout=-1,
         softcap=30.0,
+        smear=False,
+        bigram=0,
+        bigram_dim=0,
+        value_gate=False,
+        attention_from=-1,
         value_tables=(),
         bos_token_id=50256,
         eos_token_id=50256,
@@ -64,6 +72,8 @@ class NCAConfig(PreTrainedConfig):
         self.blocks, self.value_tables = list(blocks), list(value_tables)
         self.qk_norm, self.gate, self.xsa, self.bias = qk_norm, gate, xsa, bias
         self.x0, self.skip, self.backout, self.softcap = x0, list(skip), backout, softcap
+        self.smear, self.bigram, self.bigram_dim = smear, bigram, bigram_dim
+        self.value_gate, self.attention_from = value_gate, attention_from
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id, self.use_cache = pad_token_id, use_cache
         self.tie_word_embeddings = tie_word_embeddings

@@ -70,6 +70,7 @@ def attention_spec(model: T.GPT, layer: int) -> dict | None:
         "second_window": cfg.window2 if arm.head_windows else None,
         "value_table": T.value_slot(cfg, layer),
         "lambda_init": getattr(arm, "lam_init", None),
+        "key_offset": cfg.key_offset and layer in cfg.long_layers,
     }
 
 
@@ -96,7 +97,9 @@ def nca_config(model: T.GPT, meta: dict, eot: int) -> NCAConfig:
         blocks=[{"mlp": w, "attention": attention_spec(model, i)} for i, w in enumerate(mlps)],
         rotary=("half" if cfg.half_rope else "full") if cfg.rope else None,
         **{name: getattr(cfg, name) for name in ("qk_norm", "gate", "xsa", "bias")},
-        **{name: getattr(cfg, name) for name in ("x0", "skip", "backout", "softcap")},
+        **{name: getattr(cfg, name) for name in ("x0", "skip", "backout", "smear", "value_gate")},
+        **{name: getattr(cfg, name) for name in ("bigram", "bigram_dim", "attention_from")},
+        softcap=model.softcap,
         value_tables=[] if is_gpt2 else [table.size(1) for table in model.values],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot),
         tie_word_embeddings=is_gpt2,
@@ -112,6 +115,7 @@ def attention_state(attn: T.Attention) -> dict[str, Tensor]:
     """The parameters of one attention. Two maps, stored map-major, come out with heads in pairs."""
     arm = attn.arm
     names = {"gate": "gate.weight", "ve_mix": "value_mix", "gain": "head_gain"}
+    names |= {"value_gate": "value_gate.weight"}
     names |= {"lam": "lambda_qk" if isinstance(arm, T.DiffV1) else "lam.weight"}
     names |= {"lam_bias": "lam.bias"}
     out = {}
@@ -125,9 +129,9 @@ def attention_state(attn: T.Attention) -> dict[str, Tensor]:
 
 def nca_state(model: T.GPT) -> dict[str, Tensor]:
     """Every parameter under the name that it has in modeling_nca.py, vocabularies unpadded."""
-    vocab, state = model.cfg.vocab, {}
+    vocab, state, tables = model.cfg.vocab, {}, getattr(model, "values", ())
     names = {"embed": "model.embed.weight", "head": "lm_head.weight"}
-    names |= {f"values.{i}": f"model.values.{i}.weight" for i in range(model.cfg.value_tables)}
+    names |= {f"values.{i}": f"model.values.{i}.weight" for i in range(len(tables))}
     of_tokens = set(names)
     names |= {"resid": "model.residual", "mix": "model.residual_mix"}
     names |= {"position": "model.position.weight"}
@@ -136,6 +140,8 @@ def nca_state(model: T.GPT) -> dict[str, Tensor]:
         if ".attn." not in name:  # GPT-2's norms say gain
             name_there = names.get(name, f"model.{name.replace('.gain', '.weight')}")
             state[name_there] = p[:vocab] if name in of_tokens else p
+    if model.cfg.bigram_dim:
+        state["model.bigram.signs"] = model.bigram.signs
     if isinstance(model, gpt2.GPT2):
         state["model.embed.weight"] = state["lm_head.weight"]
     for i, block in enumerate(model.blocks):

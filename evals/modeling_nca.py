@@ -50,14 +50,28 @@ def rotate(x, table):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
 
 
+def before(x):
+    """x [B, T, ...] of the token before; the first of a row keeps its own."""
+    return torch.cat([x[:, :1], x[:, :-1]], dim=1)
+
+
+def offset_keys(k, starts):
+    """k [B, H, S, D] with the dimensions that half RoPE leaves alone taken from the token before,
+    where there is one."""
+    still = torch.arange(k.size(-1), device=k.device) // (k.size(-1) // 4) % 2 == 1
+    earlier = before(k.transpose(1, 2)).transpose(1, 2)
+    return torch.where(still & ~starts[:, None, :, None], earlier, k)
+
+
 class Rows:
     """The T tokens of this call beside all S that the cache and they make: who sees whom.
 
-    documents: [B, S] running number; real: [B, S] False at padding.
+    documents: [B, S] running number; real: [B, S] False at padding; tokens: [B, S] ids.
     """
 
-    def __init__(self, documents, real, length):
-        self.documents, self.real, self.length, self.masks = documents, real, length, {}
+    def __init__(self, documents, marks, length):
+        self.documents, self.length, self.masks = documents, length, {}
+        self.real, self.tokens = marks[..., 0] != 0, marks[..., 1]
 
     @classmethod
     def of(cls, input_ids, attention_mask, end_of_text, cache, slot):
@@ -73,15 +87,28 @@ class Rows:
                     "padding; documents are what end-of-text ids separate"
                 )
             real = (attention_mask[:, -length:] != 0).long()
-        documents = starts.cumsum(1)
+        documents, marks = starts.cumsum(1), torch.stack([real, input_ids], dim=-1)
         if cache is not None:
             while len(cache.layers) <= slot:
                 cache.layers.append(DynamicLayer())
             if cache.get_seq_length(slot):
                 documents = documents + cache.layers[slot].keys[:, 0, -1].to(documents.device)
-            documents, real = (t[:, None, :, None] for t in (documents, real))
-            documents, real = (t[:, 0, :, 0] for t in cache.update(documents, real, slot))
-        return cls(documents, real != 0, length)
+            documents, marks = cache.update(documents[:, None, :, None], marks[:, None], slot)
+            documents, marks = documents[:, 0, :, 0], marks[:, 0]
+        return cls(documents, marks, length)
+
+    @property
+    def starts(self):
+        """[B, S] bool: tokens that no real one of their document comes before."""
+        other = (self.documents != before(self.documents)) | ~before(self.real)
+        other[:, 0] = True
+        return other
+
+    def pairs(self):
+        """(starts, the token before or 0 there) of the call's tokens, [B, T] each."""
+        starts = self.starts
+        last = before(self.tokens).masked_fill(starts, 0)
+        return starts[:, -self.length :], last[:, -self.length :]
 
     @property
     def positions(self):
@@ -121,6 +148,8 @@ class Softmax(nn.Module):
         self.xsa = nn.Parameter(torch.zeros(spec["heads"])) if config.xsa else None
         mixes = spec["value_table"] is not None
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+        gated = mixes and config.value_gate
+        self.value_gate = nn.Linear(12, spec["value_heads"], bias=False) if gated else None
 
     def project(self, x, tables, rotary):
         """q, k [B, T, H, key_dim], normed and rotated; v [B, T, H, value_dim], table mixed in."""
@@ -133,6 +162,8 @@ class Softmax(nn.Module):
             q, k = (rotate(t, rotary[spec["key_dim"]]) for t in (q, k))
         if self.value_mix is not None:
             extra = tables[spec["value_table"]][..., : self.v.out_features].view_as(v)
+            if self.value_gate is not None:
+                extra = extra * (2 * torch.sigmoid(self.value_gate(x[..., :12])))[..., None]
             c = self.value_mix.to(v.dtype)
             v = c[0] * v + c[1] * extra
         return q, k, v
@@ -156,6 +187,8 @@ class Softmax(nn.Module):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(keys, values, self.slot)
+        if self.spec["key_offset"]:
+            keys = offset_keys(keys, rows.starts)
         y = self.combine(x, self.attend(q, keys, values, rows, windows))
         if self.xsa is not None:
             v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
@@ -230,7 +263,7 @@ class MLP(nn.Module):
 
 
 class NCABlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(source)), then x + mlp(norm(x)); source is x, or an earlier block's."""
 
     def __init__(self, config, block, slot):
         super().__init__()
@@ -239,11 +272,47 @@ class NCABlock(nn.Module):
         self.attn = ARMS[spec["arm"]](config, block, slot) if spec else None
         self.norm_mlp, self.mlp = make_norm(config), MLP(config, block)
 
-    def forward(self, x, *context):
+    def forward(self, x, source, *context):
         dtype = self.mlp.up.weight.dtype
         if self.attn is not None:
-            x = x + self.attn(self.norm_attn(x).to(dtype), *context)
+            x = x + self.attn(self.norm_attn(source).to(dtype), *context)
         return x + self.mlp(self.norm_mlp(x).to(dtype))
+
+
+class Smear(nn.Module):
+    """e + s sigmoid(w . e[:12]) x the embedding of the token before."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.share = nn.Parameter(torch.zeros(12)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, e, earlier, starts):
+        gate = torch.sigmoid(F.linear(e[..., :12], self.gate[None]))
+        return e + torch.where(starts[..., None], 0.0, gate * self.share) * earlier
+
+
+class Bigram(nn.Module):
+    """Embeddings of pairs of tokens, which share rows by a hash, each block's share scaled."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim = config.bigram_dim or config.hidden_size
+        self.table = nn.Parameter(torch.zeros(config.bigram, dim))
+        self.scale = nn.Parameter(torch.zeros(len(config.blocks)))
+        if config.bigram_dim:
+            self.register_buffer("signs", torch.ones(8192, dim, dtype=torch.int8))
+
+    def forward(self, tokens, starts, last):
+        rows = self.table.size(0)
+        row = ((tokens * 36_313) ^ (last * 27_191)) % (rows - 1)
+        e = F.embedding(torch.where(starts, rows - 1, row), self.table)
+        if hasattr(self, "signs"):
+            e = e * self.signs[(last ^ tokens) % 8192].to(e.dtype)
+        return e
+
+    def join(self, x, pairs, block):
+        share = self.scale[block].to(x.dtype) * pairs
+        return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
 class NCAPreTrainedModel(PreTrainedModel):
@@ -277,6 +346,8 @@ class NCAModel(NCAPreTrainedModel):
             self.residual = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(len(slots), 1))
             self.residual_mix = nn.Parameter(torch.tensor([-1.5, 0.5]))  # skip, backout
         self.values = nn.ModuleList(nn.Embedding(config.vocab_size, w) for w in config.value_tables)
+        self.smear = Smear() if config.smear else None
+        self.bigram = Bigram(config) if config.bigram else None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -288,6 +359,9 @@ class NCAModel(NCAPreTrainedModel):
     def embedded(self, input_ids, rows):
         """[B, T, d]: fp32 in GPT-2, whose residual stream is."""
         x = self.embed(input_ids)
+        if self.smear is not None:
+            starts, last = rows.pairs()
+            x = self.smear(x, self.embed(last), starts)
         if not self.gpt2:
             return norm(x)
         if rows.documents.size(1) > self.position.num_embeddings:
@@ -332,14 +406,18 @@ class NCAModel(NCAPreTrainedModel):
         rotary = self.rotary(start, input_ids.size(1), input_ids.device)
         tables = [table(input_ids) for table in self.values]
         x = x0 = self.embedded(input_ids, rows)
-        states = [x]  # [i + 1]: the output of block i
+        pairs = None if self.bigram is None else self.bigram(input_ids, *rows.pairs())
+        states, source = [x], config.attention_from  # [i + 1]: the output of block i
         for i, block in enumerate(self.blocks):
             if config.skip and i == config.skip[1]:
                 x = x + torch.sigmoid(self.residual_mix[0]).to(x.dtype) * states[config.skip[0] + 1]
             if config.x0:
                 a, b = self.residual[i].to(x.dtype)
                 x = a * x + b * x0
-            x = block(x, tables, rotary, rows, config.windows, cache)
+            if pairs is not None:
+                x = self.bigram.join(x, pairs, i)
+            read = states[source + 1] if 0 <= source < i else x
+            x = block(x, read, tables, rotary, rows, config.windows, cache)
             states.append(x)
         if config.backout >= 0:
             x = x - self.residual_mix[1].to(x.dtype) * states[config.backout + 1]
@@ -390,7 +468,9 @@ class NCAForCausalLM(NCAPreTrainedModel, GenerationMixin):
         )
         some = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         z, cap = self.lm_head(out.last_hidden_state[:, some]).float(), self.config.softcap
-        logits = cap * torch.sigmoid(z * (4 / cap)) if cap else z
+        if cap:  # c sigmoid(4 z / c), or top sigmoid((z + shift) / width)
+            top, shift, width = (cap, 0.0, cap / 4) if isinstance(cap, (int, float)) else cap
+        logits = top * torch.sigmoid((z + shift) * (1 / width)) if cap else z
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -153,7 +153,9 @@ def check_window(attn: torch.nn.Module, context: T.Context, cfg: T.ModelConfig, 
     if T.has_values(cfg, layer):
         ve = torch.randn(2, LENGTH, attn.arm.kv_width, generator=gen)
     caps = getattr(attn.arm, "head_windows", None)
-    window = min(WINDOWS[0 if layer in cfg.long_layers else 1], max(caps or (T.NO_LIMIT,)))
+    long = layer in cfg.long_layers
+    window = min(WINDOWS[0 if long else 1], max(caps or (T.NO_LIMIT,)))
+    window += long and cfg.key_offset  # the last key in the window has a half of the one before
     spots = (5, 40)
     for at in spots:
         changed = [x.clone(), None if ve is None else ve.clone()]

@@ -34,6 +34,10 @@ GPT2 = {
     **{"n_layer": 2, "d_model": 64, "n_head": 4, "head_dim": 16, "long_layers": (0, 1)},
     **{"vocab": 257, "ext_window": 0, "row_tokens": 512},
 }
+IDEAS = {
+    **{"smear": True, "key_offset": True, "value_gate": True, "shifted_cap": True},
+    "attention_from": 1,
+}
 CASES = {
     **{arm: ("demo", {"arm": arm}) for arm in H.BUILT_IN},
     "window2": ("demo", {"arm": "diff_v2,form=full,window2=20"}),
@@ -45,12 +49,14 @@ CASES = {
     "full rope": ("demo", {"arm": "diff_v2", "half_rope": False, "softcap": 0.0}),
     "no rope": ("demo", {"rope": False, "qk_norm": False, "bias": True, "score_scale": 0.3}),
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
+    "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
+    "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
     "gpt2 v1": ("gpt2", {"arm": "diff_v1"}),
     "gpt2 v2": ("gpt2", {"arm": "diff_v2,form=light+", "gate": True}),
     "gpt2 windows": ("gpt2", {"arm": "softmax"}),  # they bind: no stock GPT-2
 }
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
-CACHED = ("softmax", "diff_v1", "window2", "no attention", "gpt2 v2")
+CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2")
 
 
 # ---- models -------------------------------------------------------------------------------------

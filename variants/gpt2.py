@@ -30,7 +30,9 @@ BLOCK_SIZE = 1024  # tokens: positions there are
 INIT_STD = 0.02
 # What the speedrun stack has and GPT-2 lacks, and how a config says that it is off.
 LACKS = {"rope": False, "softcap": 0.0, "x0": False, "skip": (), "backout": -1, "value_tables": 0}
-LACKS |= {"no_attention": (), "fp8": False}
+LACKS |= {"no_attention": (), "fp8": False, "value_layers": (), "value_gate": False}
+LACKS |= {"bigram": 0, "bigram_dim": 0, "smear": False, "shifted_cap": False, "attention_from": -1}
+LACKS |= {"normuon": 0.0, "cautious_wd": 0.0}
 
 T.PRESETS["gpt2"] = {
     **{"require_gpu": True, **LACKS, "qk_norm": False, "gate": False, "bias": True},

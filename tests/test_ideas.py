@@ -1,0 +1,527 @@
+"""The ideas that a config field turns on: each against loops written from its equations, causal and
+within its document, nothing where it is off, and a short run that learns."""
+
+from __future__ import annotations
+
+import helpers as H
+import pytest
+import test_sharding as S
+import torch
+from torch import nn
+
+from records.causality import check_causal
+
+T = H.T
+VOCAB = 64
+SMALL = {
+    **{"n_layer": 4, "d_model": 32, "n_head": 2, "head_dim": 16, "vocab": VOCAB},
+    **{"long_layers": (0, 3), "no_attention": (), "skip": (), "backout": -1, "value_tables": 1},
+}
+# What a config says to have an idea, and nothing else.
+IDEAS = {
+    "bigram": {"bigram": 128},
+    "bigram signs": {"bigram": 128, "bigram_dim": 16},
+    "key offset": {"key_offset": True},
+    "smear": {"smear": True},
+    "value gate": {"value_gate": True},
+    "value layers": {"value_layers": (1, 2, 3)},
+    "shifted cap": {"shifted_cap": True},
+    "single activation": {"attention_from": 1},
+}
+TRAINING = {"mtp": {"mtp": True}, "optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
+# Without a parameter that starts as a no-op.
+ACTS_AT_ONCE = {"key offset", "value layers", "single activation"}
+
+
+def build(random: bool = True, **changes) -> T.GPT:
+    cfg = T.make_config("speedrun", **{**SMALL, "require_gpu": False, **changes})
+    assert not T.check_config(cfg)
+    model = T.GPT(cfg.model, 64)
+    T.init_parameters(model, 0)
+    if random:
+        H.randomise(model)
+    return model
+
+
+def rows_of_text(length: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens, all different, and documents [2, T]: one that starts at once, one of a single token,
+    and a row that starts in the middle of a document (number 0)."""
+    gen = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(VOCAB, generator=gen)[: 2 * length].view(2, length).int()
+    first = torch.zeros(2, length, dtype=torch.int32)
+    first[0, [0, 4, 5]] = 1
+    first[1, 7] = 1
+    return tokens, first.cumsum(1).int()
+
+
+def window(long: int = 64, short: int = 64) -> torch.Tensor:
+    return torch.tensor([long, short], dtype=torch.int32)
+
+
+def opens(docs, b: int, t: int) -> bool:
+    return t == 0 or bool(docs[b, t] != docs[b, t - 1])
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+@pytest.mark.parametrize("arm", ["softmax", "diff_v2"])
+def test_causal_and_within_the_document(idea, arm):
+    check_causal(arm, IDEAS[idea], preset="demo")
+
+
+def test_causal_all_together():
+    """At the full depth: blocks without attention, a skip, long layers 0, 4 and 11."""
+    changes = {k: v for idea in IDEAS.values() for k, v in idea.items()}
+    check_causal("diff_v2,form=full", {**changes, "value_layers": (1, 9, 11), "xsa": True})
+
+
+@pytest.mark.parametrize("idea", [i for i in IDEAS if i not in ACTS_AT_ONCE])
+def test_starts_as_nothing(idea):
+    """At init the logits are those without it, and parameters that both have start the same; so
+    whatever the idea brings has been learned."""
+    tokens, docs = rows_of_text()
+    with_it, without = build(False, **IDEAS[idea]), build(False)
+    mine = dict(with_it.named_parameters())
+    for name, p in without.named_parameters():
+        if name in mine and mine[name].shape == p.shape:
+            assert torch.equal(mine[name], p), name
+    assert torch.equal(with_it(tokens, docs, window()), without(tokens, docs, window()))
+
+
+@pytest.mark.parametrize("idea", [*IDEAS, *TRAINING])
+def test_every_parameter_has_a_group_and_learns(idea, text_data, tmp_path):
+    """Eight steps on text: the loss falls, and each new parameter has moved by then."""
+    changes = {**IDEAS, **TRAINING}[idea]
+    new = set(dict(build(False, **changes).named_parameters()))
+    new -= set(dict(build(False).named_parameters()))
+    cfg = H.tiny(text_data, tmp_path, n_layer=4, **changes)
+    trainer = T.Trainer(cfg)
+    fresh = {n: p.detach().clone() for n, p in trainer.new_model().named_parameters()}
+    trainer.run()
+    losses = H.losses(trainer.folder)
+    assert losses[-1] < losses[0] - 0.5, losses
+    groups = T.parameter_groups(cfg.optim)
+    for name, p in trainer.model.named_parameters():
+        assert T.group_of(name, p) in groups
+        if name in new:
+            assert not torch.equal(p, fresh[name]), name
+
+
+# ---- bigram -------------------------------------------------------------------------------------
+
+
+def naive_pairs(model, tokens, docs) -> torch.Tensor:
+    """What record 62 (and 83) says, pair by pair, in Python's integers."""
+    table, rows = model.bigram.table, model.bigram.table.size(0)
+    out = torch.zeros(*tokens.shape, table.size(1))
+    for b in range(tokens.size(0)):
+        for t in range(tokens.size(1)):
+            now = int(tokens[b, t])
+            last = 0 if opens(docs, b, t) else int(tokens[b, t - 1])
+            row = ((36_313 * now) ^ (27_191 * last)) % (rows - 1)
+            e = table[rows - 1 if opens(docs, b, t) else row]
+            if hasattr(model.bigram, "signs"):
+                e = e * model.bigram.signs[(last ^ now) % 8192]
+            out[b, t] = e
+    return out
+
+
+@pytest.mark.parametrize("dim", [0, 16])
+def test_bigram_rows(dim):
+    model, (tokens, docs) = build(bigram=192, bigram_dim=dim), rows_of_text()
+    got = model.bigram(tokens, T.starts_of(docs), torch.float32)
+    assert torch.equal(got, naive_pairs(model, tokens, docs))
+
+
+def test_bigram_joins_every_block():
+    """A block's input has its share of the pair on top: here the blocks and x0 do nothing."""
+    model, (tokens, docs) = build(bigram=192, bigram_dim=16), rows_of_text()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.o.weight.zero_(), block.mlp.down.weight.zero_()
+        model.resid.copy_(torch.tensor([1.0, 0.0]))
+    x = T.norm(model.embed[tokens.long()])
+    x[..., :16] += model.bigram.scale.sum() * naive_pairs(model, tokens, docs)
+    torch.testing.assert_close(model(tokens, docs, window()), T.norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_bigram_hash_of_the_largest_gpt2_tokens_fits_32_bits():
+    """The record computes it in int32; ours, in int64, is the same number."""
+    top = 50_256
+    assert 36_313 * top < 2**31 and 27_191 * top < 2**31
+
+
+def test_signs_are_fair_and_kept():
+    model = build(bigram=128, bigram_dim=16)
+    signs = model.bigram.signs
+    assert set(signs.unique().tolist()) == {-1, 1} and abs(float(signs.float().mean())) < 0.02
+    assert torch.equal(build(bigram=128, bigram_dim=16).bigram.signs, signs)
+    assert "bigram.signs" in model.state_dict()
+
+
+# ---- key offset ---------------------------------------------------------------------------------
+
+
+def test_key_offset_moves_what_stands_still():
+    """By position and dimension: the dimensions that RoPE does not turn, found by turning them."""
+    _, docs = rows_of_text()
+    length, dim, heads = docs.size(1), 16, 3
+    table = T.rope_table(length, dim, half=True)
+    ctx = T.Context(None, {dim: table}, lambda d: 1.0)
+    k = torch.randn(2, length, heads, dim, generator=torch.Generator().manual_seed(1))
+    turned = (T.rotate(torch.ones_like(k), ctx) != 1).any(0).any(0).any(0)
+    assert turned.sum() == dim // 2
+    want = k.clone()
+    for b in range(2):
+        for t in range(length):
+            if not opens(docs, b, t):
+                want[b, t, :, ~turned] = k[b, t - 1, :, ~turned]
+    assert torch.equal(T.offset_keys(k, T.starts_of(docs)), want)
+
+
+@pytest.mark.parametrize("arm", ["softmax", "diff_v1", "diff_v2"])
+def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
+    seen = []
+    attend = T.attend
+
+    def spy(q, k, v, ctx):
+        seen.append((q, k))
+        return attend(q, k, v, ctx)
+
+    monkeypatch.setattr(T, "attend", spy)
+    (tokens, docs), changes = rows_of_text(), {"arm": arm, "backout": -1}
+    for on in (False, True):  # the same weights: the idea brings none
+        build(key_offset=on, **changes)(tokens, docs, window())
+    without, with_it = seen[:4], seen[4:]
+    assert torch.equal(without[0][0], with_it[0][0]), "queries stay"
+    starts, moved = T.starts_of(docs), (without[0][1] != with_it[0][1]).any(-1)
+    assert moved[~starts].all() and not moved[starts].any(), "every head, but no document's start"
+
+    def keys(layer, on, x):
+        arm = build(key_offset=on, **changes).blocks[layer].attn.arm
+        ctx = build(key_offset=True, **changes).contexts(docs, window())[layer]
+        return arm.position(x, x, ctx)[1]
+
+    x = torch.randn(2, docs.size(1), 2, 16, generator=torch.Generator().manual_seed(2))
+    x = x[..., : T.v1_qk_dim(build(**changes).cfg)]
+    for layer in range(4):
+        assert torch.equal(keys(layer, True, x), keys(layer, False, x)) == (layer in (1, 2))
+
+
+def test_key_offset_needs_half_rope():
+    for off in ({"half_rope": False}, {"rope": False}):
+        cfg = T.make_config("speedrun", key_offset=True, **off)
+        assert any("--key-offset" in p for p in T.check_config(cfg))
+
+
+# ---- smear --------------------------------------------------------------------------------------
+
+
+def test_smear():
+    model, (_, docs) = build(smear=True), rows_of_text()
+    e = torch.randn(2, docs.size(1), 32, generator=torch.Generator().manual_seed(1))
+    got = model.smear(e, T.starts_of(docs))
+    w, s = model.smear.gate.detach(), model.smear.share.item()
+    assert abs(s) > 0.01
+    for b in range(2):
+        for t in range(docs.size(1)):
+            want = e[b, t].clone()
+            if not opens(docs, b, t):
+                want += s * torch.sigmoid(w @ e[b, t, :12]) * e[b, t - 1]
+            torch.testing.assert_close(got[b, t], want)
+
+
+def test_smear_comes_before_the_norm():
+    model, (tokens, docs) = build(smear=True), rows_of_text()
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens, docs, window())
+    x0 = T.norm(model.smear(model.embed[tokens.long()], T.starts_of(docs)))
+    torch.testing.assert_close(seen[0], model.resid[0].sum() * x0)
+
+
+# ---- NorMuon, cautious weight decay -------------------------------------------------------------
+
+BETA2, DECAY = 0.9, 1.5
+GROUPS = {
+    "matrix": T.Group("muon", 0.05, beta2=BETA2, cautious_wd=DECAY),
+    "gate": T.Group("adam", 0.02),
+}
+
+
+def naive_step(w, g, m, v, lr: float, mu: float) -> None:
+    """One matrix, in place, by TECHNIQUES' equations: m, v are its momentum and row averages."""
+    m += (1 - mu) * (g - m)
+    u = g + mu * (m - g)
+    o = T.orthogonalize(u[None], torch.float32)[0]
+    norm = o.norm()
+    tall = o.size(0) >= o.size(1)
+    for i in range(len(v)):
+        line = o[i] if tall else o[:, i]
+        v[i] = BETA2 * v[i] + (1 - BETA2) * (line**2).mean()
+    o = o / v.clamp(min=1e-10).sqrt().view((-1, 1) if tall else (1, -1))
+    o = o * norm / o.norm()
+    s = max(1, w.size(0) / w.size(1)) ** 0.5
+    mask = (o * w >= 0).float()
+    w -= lr * s * (o + DECAY * lr * mask * w)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (32, 8)])
+def test_normuon_and_cautious_decay_equal_a_loop(shape):
+    maps = 2 if shape == (32, 8) else 1
+    p = T.parameter(shape, ("zeros",), "matrix", (maps, shape[0] // maps, shape[1]))
+    gen = torch.Generator().manual_seed(0)
+    p.data = torch.randn(shape, generator=gen)
+    model = nn.Module()
+    model.register_parameter("w", p)
+    w = p.detach().clone().view(maps, -1, shape[1])
+    opt = T.Optimizer(model, GROUPS, T.World(torch.device("cpu")))
+    m, v = torch.zeros_like(w), torch.zeros(maps, max(w.shape[1:]))
+    for step in range(4):
+        g = torch.randn(shape, generator=gen)
+        p.grad.copy_(g)
+        opt.step(1.0 - 0.1 * step, 0.9)
+        for i in range(maps):
+            lr = 0.05 * (1.0 - 0.1 * step)
+            naive_step(w[i], g.view_as(w)[i], m[i], v[i], lr, 0.9)
+    torch.testing.assert_close(p.detach().view_as(w), w, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(opt.state_dict()["w"]["second"], v, rtol=1e-5, atol=1e-7)
+
+
+def test_normuon_of_nothing_is_nothing():
+    """A matrix whose gradient is zero so far (a block behind a zero projection), and a bank's
+    padding."""
+    second = torch.zeros(2, 8)
+    step = torch.zeros(2, 8, 4)
+    step[1, 0] = 1.0
+    out = T.even_out(step, second, 0.95, torch.tensor(False))
+    assert torch.isfinite(out).all() and (out[0] == 0).all()
+    torch.testing.assert_close(out.norm(dim=(1, 2)), step.norm(dim=(1, 2)))
+
+
+def steps_of(ranks: list[int], world: T.World, saved: dict | None = None) -> dict:
+    """Three steps of the mixed bag of shapes on the sum of these ranks' gradients, from the start
+    or from `saved`."""
+    model = S.Mixed()
+    opt = T.Optimizer(model, GROUPS, world)
+    if saved is not None:
+        opt.load_state_dict(saved)
+    for step in range(3):
+        for name, p in model.named_parameters():
+            for rank in ranks:
+                p.grad.add_(S.gradient(name, p.shape, step, rank))
+        opt.step(1.0, 0.9)
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    own = [b.second.numel() for b in opt.banks if b.group.kind == "muon"]
+    return {"params": params, "state": opt.state_dict(), "own": own}
+
+
+def two_ranks(saved: dict) -> list[dict]:
+    world = T.World.start("cpu")
+    return [steps_of([world.rank], world), steps_of([world.rank], world, saved)]
+
+
+def test_normuon_sharded_equals_unsharded(tmp_path):
+    """From the start, and from a checkpoint that one rank wrote."""
+    alone = T.World(torch.device("cpu"))
+    first = steps_of([0, 1], alone)
+    wanted = [first, steps_of([0, 1], alone, first["state"])]
+    assert not torch.equal(wanted[0]["params"]["m0"], wanted[1]["params"]["m0"]), "state matters"
+    for rank in H.on_ranks(2, two_ranks, tmp_path, first["state"]):
+        for got, want in zip(rank, wanted, strict=True):
+            for name, p in want["params"].items():
+                torch.testing.assert_close(got["params"][name], p, rtol=1e-5, atol=1e-6, msg=name)
+            for name, state in want["state"].items():
+                for key, value in state.items():
+                    torch.testing.assert_close(
+                        got["state"][name][key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
+                    )
+            assert 0 < sum(got["own"]) < sum(want["own"]), "each rank holds its own share"
+    assert first["state"]["doubled"]["second"].shape == (2, 16)
+
+
+def test_normuon_run_resumes(text_data, tmp_path):
+    """A whole run, and one that went on from its middle, end with the same losses."""
+    cfg = H.tiny(text_data, tmp_path, normuon=0.95, cautious_wd=1.2, save_every=4, run_id="a")
+    T.train(cfg)
+    whole = H.losses(tmp_path / "a")
+    assert whole[-1] < whole[0] - 0.5
+    T.train(cfg.with_(run_id="", resume=str(tmp_path / "a" / "ckpt" / "step_00000004")))
+    assert H.losses(tmp_path / "a") == pytest.approx(whole, abs=1e-6)
+
+
+# ---- value embeddings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arm", ["softmax", "diff_v1", "diff_v2", f"{H.ARMS}/plain_module.py:Plain"]
+)
+def test_value_gate(arm):
+    """The arm gets its table's row, each value head's part times 2 sigmoid(G x[:12])."""
+    model = build(arm=arm, value_gate=True)
+    attn, seen = model.blocks[0].attn, []
+    attn.arm.register_forward_pre_hook(lambda _, args: seen.append(args))
+    tokens, docs = rows_of_text()
+    model(tokens, docs, window())
+    (x, ve, _), table = seen[0], model.values[0][tokens.long()]
+    heads, width = attn.value_gate.size(0), attn.arm.kv_width
+    assert heads * attn.arm.n_out == width * attn.arm.heads, "heads as wide as those of y"
+    gate = 2 * torch.sigmoid(x[..., :12] @ attn.value_gate.t())
+    for h in range(heads):
+        part = slice(h * width // heads, (h + 1) * width // heads)
+        torch.testing.assert_close(ve[..., part], table[..., part] * gate[..., h : h + 1])
+    assert model.blocks[1].attn.value_gate is None, "it has no value embedding"
+
+
+def test_value_layers():
+    """Each block reads its own table, in the order given; the others read none."""
+    model = build(value_layers=(3, 1))
+    slots = [T.value_slot(model.cfg, i) for i in range(4)]
+    assert slots == [None, 1, None, 0] and len(model.values) == 2
+    for off, message in (((7,), "--value-layers"), ((2,), "--value-layers")):
+        changes = {**SMALL, "value_layers": off, "no_attention": (2,)}
+        assert any(message in p for p in T.check_config(T.make_config("speedrun", **changes)))
+
+
+# ---- the shifted cap ----------------------------------------------------------------------------
+
+
+def test_shifted_cap_and_its_gradient():
+    cap, gen = T.SHIFTED_CAP, torch.Generator().manual_seed(0)
+    z = (6 * torch.randn(40, 96, generator=gen, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(96, (40,), generator=gen)
+    targets[::5] = -1
+    logits = 23 * torch.sigmoid((z + 5) / 7.5)
+    losses = torch.nn.functional.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+    losses = losses * (targets >= 0)
+    (want,) = torch.autograd.grad(losses.sum(), z)
+    z = z.detach().float()
+    torch.testing.assert_close(T.softcap(z, cap).double(), logits.detach(), rtol=1e-6, atol=1e-5)
+    got, grad = T.losses_and_grad(z, targets, cap)
+    torch.testing.assert_close(got.double(), losses.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(T.token_losses(z, targets, cap), got)
+    assert grad.abs().max() <= 1, "what G8_SCALE is made for"
+
+
+def test_a_number_is_the_symmetric_cap():
+    z = torch.linspace(-60, 60, 101)
+    assert torch.equal(T.softcap(z, 30.0), 30 * torch.sigmoid(z * (4 / 30)))
+
+
+def test_shifted_cap_reaches_head_and_logits():
+    model = build(shifted_cap=True)
+    assert model.softcap == (23.0, 5.0, 7.5)
+    tokens, docs = rows_of_text()
+    z = model(tokens, docs, window()) @ model.head.t()
+    want = 23 * torch.sigmoid((z + 5) / 7.5)[..., :VOCAB]
+    torch.testing.assert_close(model.logits(tokens, docs, window()), want)
+
+
+def test_fp8_weights_of_the_shifted_cap_have_room():
+    """Weights up to 1.6 do not saturate, and dh follows the scale that they were cast with."""
+    weight = nn.Parameter(torch.full((32, 32), 1.6))
+    head = T.Head(weight, T.SHIFTED_CAP, torch.bfloat16, True, False)
+    head.prepare()
+    assert head._cast[0].float().max() * head.w8_scale == pytest.approx(1.6, rel=0.07)
+    assert T.Head(weight, 30.0, torch.bfloat16, True, False).w8_scale == T.W8_SCALE
+
+
+# ---- the next tokens' losses --------------------------------------------------------------------
+
+
+def test_weights_by_thirds():
+    near = pytest.approx
+    assert T.ahead_weights(0.0) == (1.0, 0.5, 0.25)
+    assert T.ahead_weights(1 / 6) == near((1.0, 0.5, 0.125))
+    assert T.ahead_weights(0.5) == near((1.0, 0.25, 0.0))
+    assert T.ahead_weights(0.99) == (1.0, 0.0, 0.0)
+    cfg = T.make_config("speedrun", mtp=True)
+    steps = T.plan_steps(cfg, 120 * 262_144)
+    last = [max(s.ahead[k] for s in steps if s.stage == 2) for k in (1, 2)]
+    assert last == [0, 0] and all(s.ahead[2] == 0 for s in steps if s.stage == 1)
+    assert {s.ahead for s in T.plan_steps(cfg.with_(mtp=False), 120 * 262_144)} == {()}
+
+
+def test_later_targets():
+    tokens, docs = rows_of_text()
+    stream = torch.cat([tokens, torch.full((2, 1), 60)], dim=1).long()
+    targets = stream[:, 1:].clone()
+    targets[1, 3] = -1  # as a loss mask has it
+    got, (batch, length) = T.later_targets(targets, docs, 3), docs.shape
+    for b in range(batch):
+        for t in range(length):
+            for k in range(3):
+                there = t + k < length and docs[b, t + k] == docs[b, t] and targets[b, t] >= 0
+                want = targets[b, t + k] if there else -1
+                assert got[b, t, k] == want, (b, t, k)
+
+
+@pytest.mark.parametrize("cap", [30.0, 0.0, T.SHIFTED_CAP])
+def test_gradient_of_several_targets_equals_autograd(cap):
+    gen = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(40, 96, generator=gen, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(96, (40, 3), generator=gen)
+    targets[::3, 2] = -1
+    targets[::4, 1:] = -1
+    targets[::7] = -1
+    targets[5, :] = 9  # thrice the same
+    weights = torch.tensor([1.0, 0.5, 0.1])
+    top, shift, width = T.cap_constants(cap) if cap else (0, 0, 0)
+    logits = top * torch.sigmoid((z + shift) / width) if cap else z
+    each = [
+        torch.nn.functional.cross_entropy(logits, t.clamp(min=0), reduction="none") * (t >= 0)
+        for t in targets.unbind(1)
+    ]
+    (want,) = torch.autograd.grad(sum(w * e.sum() for w, e in zip(weights, each)), z)
+    losses, grad = T.losses_and_grad(z.detach().float(), targets, cap, weights)
+    torch.testing.assert_close(losses.double(), each[0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-6)
+    alone = T.losses_and_grad(z.detach().float(), targets[:, 0], cap)
+    first = T.losses_and_grad(z.detach().float(), targets[:, :1], cap, torch.ones(1))
+    assert torch.equal(first[0], alone[0]) and torch.equal(first[1], alone[1])
+
+
+def test_head_in_pieces_with_several_targets(monkeypatch):
+    gen = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.1 * torch.randn(48, 16, generator=gen))
+    h, targets = torch.randn(20, 16, generator=gen), torch.randint(48, (20, 3), generator=gen)
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    out = {}
+    for piece in (6, 1000):
+        monkeypatch.setattr(T, "HEAD_PIECE", piece)
+        weight.grad = torch.zeros_like(weight)
+        head = T.Head(weight, 30.0, torch.float32, False, False)
+        head.prepare()
+        out[piece] = (*head.backward(h, targets, torch.tensor(2.0), weights), weight.grad)
+    for a, b in zip(out[6], out[1000], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_logged_loss_is_the_next_tokens_alone(text_data, tmp_path):
+    """At step 1 nothing has been learned: the logged losses with and without are equal, and the
+    weights change the gradient's norm."""
+    logs = {}
+    for mtp in (False, True):
+        T.train(H.tiny(text_data, tmp_path, mtp=mtp, run_id=f"mtp {mtp}".replace(" ", "-")))
+        logs[mtp] = H.read_log(tmp_path / f"mtp-{mtp}", "step")
+    assert logs[True][0]["loss"] == logs[False][0]["loss"]
+    assert logs[True][0]["grad_norm"] > 1.1 * logs[False][0]["grad_norm"]
+    assert logs[True][1]["loss"] != logs[False][1]["loss"]
+
+
+# ---- one activation for later attention ---------------------------------------------------------
+
+
+def test_later_attention_reads_one_blocks_output():
+    model, (tokens, docs) = build(attention_from=1), rows_of_text()
+    outputs, inputs = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: outputs.append(out))
+        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(tokens, docs, window())
+    for x in inputs[2:]:
+        torch.testing.assert_close(x, T.norm(outputs[1]))
+    assert not torch.allclose(inputs[1], T.norm(outputs[1]))
