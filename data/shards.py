@@ -102,8 +102,11 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
         for key in ("version", "tokenizer", "vocab", "eot"):
             manifest[key]
+        if not 0 <= manifest["eot"] < manifest["vocab"] <= 2**16:
+            raise ValueError(f"end-of-text {manifest['eot']} of {manifest['vocab']} tokens")
         for row in manifest["files"]:
-            for key in ("name", "split", "tokens", "documents", "text_bytes", "sha256"):
+            Path(row["name"])
+            for key in ("split", "tokens", "documents", "text_bytes", "sha256"):
                 row[key]
     except FileNotFoundError:
         raise InputError(

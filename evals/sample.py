@@ -48,12 +48,17 @@ class Sampling:
     end: bool = True
 
     def __post_init__(self):
+        wrong = []
         if self.tokens < 1:
-            raise T.InputError(f"--tokens {self.tokens}: ask for 1 or more")
+            wrong.append(f"--tokens {self.tokens}: ask for 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise T.InputError(f"--temperature {self.temperature}: 0 or more")
+            wrong.append(f"--temperature {self.temperature}: 0 or more")
         if self.top_k < 0 or self.context < 0:
-            raise T.InputError("--top-k and --context are 0 or more")
+            wrong.append("--top-k and --context are 0 or more")
+        if not -(2**63) <= self.seed < 2**64:
+            wrong.append(f"--seed {self.seed}: 64 bits at most")
+        if wrong:
+            raise T.InputError("; ".join(wrong))
 
 
 def trained_context(meta: dict) -> int:

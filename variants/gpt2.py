@@ -128,11 +128,14 @@ def make_hooks(cfg: T.Config) -> T.Hooks:
     """The hooks of a GPT-2 run; InputError where the settings are another model's."""
     values = {name: getattr(getattr(cfg, T.FLAGS[name][0]), name) for name in LACKS}
     wrong = ["--" + name.replace("_", "-") for name in LACKS if values[name] != LACKS[name]]
+    problems = []
     if wrong or cfg.preset != "gpt2":
         said = ", ".join(wrong) or f"preset {cfg.preset}"
-        raise T.InputError(f"variants/gpt2.py has no {said}: run it with --preset gpt2")
+        problems.append(f"variants/gpt2.py has no {said}: run it with --preset gpt2")
     if max(cfg.data.row_tokens, cfg.data.val_row_tokens) > BLOCK_SIZE:
-        raise T.InputError(f"GPT-2 has {BLOCK_SIZE} positions: rows are to be within")
+        problems.append(f"GPT-2 has {BLOCK_SIZE} positions: rows are to be within")
+    if problems:
+        raise T.InputError("; ".join(problems))
     return T.Hooks(model=lambda c, n, dtype: GPT2(c.model, n, dtype), optimizer=make_optimizer)
 
 
