@@ -150,6 +150,7 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   compare) go torch numpy records +plot -- "${at}records/compare.py" "$@" ;; # arms, block by block
   eval) go torch numpy hf eval +data -- "${at}evals/harness.py" "$@" ;; # Evaluation Harness
   export) go torch numpy hf +data -- "${at}evals/export.py" "$@" ;; # writes a Hugging Face folder
+  finetune) go torch numpy hf +data +plot +records -- "${at}evals/finetune.py" "$@" ;; # CoQA, CSQA
   records) go numpy records $more -- "${at}records/leaderboard.py" "$@" ;; # check, replay
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
   doctor) go -- "${at}data/doctor.py" "$@" ;; # says what this machine has, and what would run

@@ -2379,6 +2379,7 @@ class Trainer:
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
+        self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
         self.set_up()
         self.source_sha256 = source_digests(self.cfg, self.hooks)  # now: this process may live long
 
@@ -2726,6 +2727,7 @@ class Run:
     def __init__(self, trainer: Trainer):
         self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
         self.steps, self.hooks = trainer.steps, trainer.hooks
+        trainer.running = self
         self.env = machine(self.world)
         self.peak = peak_flops(self.env)
         if self.world.cuda:
@@ -2915,6 +2917,7 @@ class Run:
             "train_s": self.clock.seconds,
             "window": at.window,
             "arm": self.cfg.model.arm,
+            "labels": self.trainer.labels,
             "config": self.cfg.flat(),
             "data": self.trainer.data_digests,
             "steps": len(self.steps),

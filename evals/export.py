@@ -282,6 +282,9 @@ def export(path: str | Path, out: str | Path, dtype: str = "bf16", tokenizer: st
     eot = words.token_to_id(hf_tokenizer.END_OF_TEXT)
     ours, _ = sample.load(path, "cpu", CHECKED)
     theirs = build(ours, meta, eot)
+    tuned = (meta.get("labels") or {}).get("finetuned")
+    if tuned:  # evals/task.py reads it: some tasks mean nothing for this model
+        theirs.config.finetuned = tuned
     apart = difference(theirs, ours, eot)
     if not apart <= TOLERANCE:
         raise T.InputError(
@@ -350,6 +353,7 @@ def run_of(path: str | Path) -> logs.Run | None:
 def figures(run: logs.Run, meta: dict) -> dict[str, str]:
     """What the log says of this checkpoint: losses are those of its own step, none of a later."""
     h, env, step = run.header, run.header["env"], meta["step"]
+    tuned = [entry["trained_on"] for entry in run.labels.get("finetuned", [])]
     files = [f"{d['name']} ({d['sha256'][:12]})" for d in h["data"]]
     more = f" and {len(files) - 8:,} files more" if len(files) > 8 else ""
     out = {
@@ -361,6 +365,8 @@ def figures(run: logs.Run, meta: dict) -> dict[str, str]:
         "machine": f"{env['count']}x {env['gpu'] or 'CPU'}, torch {env['torch']}",
         "parameters": ", ".join(f"{n:,} {kind}" for kind, n in h["params"].items()),
     }
+    if tuned:
+        out["fine-tuned on"] = ", then ".join(tuned)
     names = {
         "dev_loss": "dev loss, nats a token",
         "val_loss": "val loss at the trained windows, nats a token",

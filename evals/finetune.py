@@ -1,0 +1,416 @@
+"""Fine-tunes a trained model on CoQA or CommonsenseQA and scores it, for several seeds.
+
+    python -m evals.finetune coqa RUN --task-data DIR            # a run folder, or a checkpoint
+    python -m evals.finetune coqa RUN --task-data DIR --split dev400
+    python -m evals.finetune csqa RUN --task-data DIR --seeds 0 1 2
+
+DIR holds coqa/ (train_partial, validation) and commonsense_qa/ (train, validation), .jsonl or
+.jsonl.xz with the fields of EleutherAI/coqa and tau/commonsense_qa.
+
+train_gpt.py's own loop does the training, through its hooks: weights from the checkpoint, whole
+documents in rows, loss on answers alone. A seed is the order of the data and, where a task has a
+new vector, its start; nothing else is new. The held-out slice of train is looked at twice an epoch,
+and the weights of its best look are what is kept and scored (early stopping; the schedule is run to
+its end, for a later look may be better). Windows are those that an export of the checkpoint has.
+
+OUT/TASK_sN are runs like any other: sample, look, export and finetune take them. Beside them:
+result.json, table.txt and, for each task, learning curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+if not __package__:  # run as a file: its own folder is on the path, not the one above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import train_gpt as T
+from data import shards
+from evals import coqa, csqa, export, sample
+from evals.task import Document, Scores, Task, Words, batch_of, lineage, pack, size
+from records import logs
+from records.demo import Tenths
+from variants import gpt2
+
+LOOKS_AN_EPOCH = 2
+CALL_TOKENS = {"cuda": 8192, "cpu": 4096}  # of a training call: dense masks, no compilation
+LR = {"gpt2": 0.1}  # factor on every learning rate of the checkpoint's own recipe
+USUAL_LR = 0.05  # in the speedrun's: for a matrix about what AdamW does at 5e-5
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that tuning starts from. window: the long one, as its export has it."""
+
+    path: Path
+    meta: dict
+    weights: dict
+    words: Words
+    window: int
+    lineage: list[dict]
+
+    @classmethod
+    def load(cls, path: str, tokenizer: str) -> Start:
+        if (Path(path) / "config.json").is_file():
+            raise T.InputError(f"{path} is an exported folder: give the run that it was made from")
+        meta = sample.meta_of(path)
+        words = Words(sample.tokenizer_of(meta, tokenizer))
+        state, _ = T.load_checkpoint(path)
+        window = export.windows_of(meta)[0][0]
+        return cls(Path(path), meta, state["model"], words, window, lineage(path))
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.meta["config"]["preset"] == "gpt2"
+
+    def model(self, cfg: T.ModelConfig, length: int, dtype: torch.dtype) -> nn.Module:
+        """As trained; dense attention, as rows are short and nothing is compiled."""
+        model = (gpt2.GPT2 if self.is_gpt2 else T.GPT)(cfg, length, dtype)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as e:  # a parameter too many, or of another shape
+            said = str(e).splitlines()[0]
+            raise T.InputError(f"{self.path} does not fit its model: {said}") from None
+        model.flex = False
+        return model
+
+    @property
+    def as_json(self) -> dict:
+        meta, run = self.meta, T.find_checkpoint(self.path).parents[1].name
+        return {"run": run, "arm": meta["arm"], "step": meta["step"], "sha256": meta["sha256"]}
+
+
+# ---- Through the trainer's loop -----------------------------------------------------------------
+
+
+def write_tokens(task: Task, folder: Path) -> None:
+    """The task's documents as shards: the run's header has their digests, and dev_loss is the loss
+    on all tokens of the held-out slice."""
+    table = task.words.tokenizer.token_bytes().astype(np.int64)
+    with shards.CorpusWriter(folder, task.words.tokenizer.vocab, table) as writer:
+        for split, units in (("train", task.units), ("dev", task.held_out)):
+            writer.begin(split)
+            ids = [document.ids for unit in units for document in unit]
+            lengths, text = (np.array([f(i) for i in ids]) for f in (len, lambda i: table[i].sum()))
+            writer.add(shards.Batch(np.concatenate(ids).astype(np.uint16), lengths, text))
+        writer.commit()
+
+
+def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace) -> T.Config:
+    """The checkpoint's own settings with another schedule, data and place."""
+    tokens, row = task.rows * task.row, task.row
+    have = sum(map(size, task.units))
+    lr = args.lr or LR.get(start.meta["config"]["preset"], USUAL_LR)
+    looks = min(20, steps, LOOKS_AN_EPOCH * (args.epochs or task.epochs))
+    changes = {
+        "stages": (T.Stage(1.0, tokens, lr, (start.window, start.window)),),
+        **{"tokens": tokens * steps, "passes": math.ceil(tokens * steps / have)},
+        **{"warmup": WARMUP, "cooldown": 1 - WARMUP, "lr_floor": 0.0, "ext_window": 0},
+        **{"momentum_warmup": 0, "momentum_cooldown": 0},
+        **{"data": str(args.out / "tokens" / task.name), "dev": "", "row_tokens": row},
+        **{"micro_batch_tokens": CALL_TOKENS[args.device], "val_row_tokens": row},
+        **{"val_call_tokens": row * max(1, CALL_TOKENS[args.device] // row)},
+        **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
+        **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
+        **{"save_every": 0, "save_final": False, "keep": 1, "resume": "", "require_gpu": False},
+    }
+    return T.config_from_flat(start.meta["config"]).with_(**changes)
+
+
+class Tuning:
+    """One task on one checkpoint: a Trainer that runs once for each seed."""
+
+    def __init__(self, start: Start, task: Task, args: argparse.Namespace):
+        self.start, self.task = start, task
+        self.epochs = args.epochs or task.epochs
+        self.rows_an_epoch = len(pack([size(unit) for unit in task.units], task.row))
+        steps = math.ceil(self.epochs * self.rows_an_epoch / task.rows)
+        write_tokens(task, args.out / "tokens" / task.name)
+        self.cfg = tuning_config(start, task, steps, args)
+        hooks = T.Hooks(
+            model=self.new_model,
+            optimizer=gpt2.make_optimizer if start.is_gpt2 else None,
+            batches=self.batches,
+            loss_mask=lambda batch: batch.targets >= 0,
+            after_step=self.count,
+            on_eval=self.look,
+        )
+        self.trainer = T.Trainer(self.cfg, hooks)
+        task.adapt(self.trainer)
+        self.looks: list[dict] = []
+        self.best = self.done = 0
+
+    def new_model(self, cfg: T.Config, length: int, dtype: torch.dtype) -> nn.Module:
+        """The loop's model: the seed starts nothing but what the task calls new."""
+        model = self.start.model(cfg.model, length, dtype)
+        self.task.start(model, cfg.run.seed)
+        for p in model.parameters():
+            p.init = None  # the loop leaves what has no rule as it was built
+        return model
+
+    def rows(self, seed: int) -> Iterator[list[Document]]:
+        """Rows of whole units, without end: each epoch in an order of its own."""
+        units, row = self.task.units, self.task.row
+        for epoch in itertools.count():
+            order = np.random.default_rng((seed, epoch)).permutation(len(units))
+            for part in pack([size(units[i]) for i in order], row):
+                yield [document for k in part for document in units[order[k]]]
+
+    def batches(self, steps: list[T.Step], cfg: T.Config, world: T.World) -> Iterator[T.Batch]:
+        """What each step trains on follows from the seed and the step's number."""
+        before = steps[0].index * self.task.rows if steps else 0
+        rows = itertools.islice(self.rows(cfg.data.data_seed), before, None)
+        for _ in steps:
+            some = list(itertools.islice(rows, self.task.rows))
+            yield batch_of(some, self.task.row, self.task.words.eot)
+
+    def count(self, trainer: T.Trainer, step: T.Step) -> None:
+        self.done = step.index + 1
+
+    def look(self, trainer: T.Trainer, out: dict) -> None:
+        """Figures of the held-out slice, and a checkpoint where they are the best so far."""
+        window = T.windows(self.start.window, trainer.world.device)
+        found = {"step": self.done, **self.task.look(trainer.model, window)}
+        self.looks.append(found)
+        if max(self.looks, key=self.task.rank) is found:  # of equal ones, max takes the first
+            self.best = self.done
+        log, text = trainer.running.log, " ".join(f"{k}:{v:.4g}" for k, v in found.items())
+        log.write("held_out", **found, best=self.best)
+        log.say(f"held out: {text}" + (", the best" if self.best == self.done else ""))
+        if self.best == self.done:
+            trainer.running.save(self.done)
+
+    def entry(self, seed: int) -> dict:
+        """What `lineage` tells of this tuning."""
+        said = {"task": self.task.name, "trained_on": self.task.about["trained_on"]}
+        said |= {"tainted": list(self.task.tainted), "start": self.start.as_json, "seed": seed}
+        return {**said, "epochs": self.epochs, "lr": self.cfg.schedule.stages[0].lr}
+
+    def run(self, seed: int) -> dict:
+        """Trains with this seed and scores the best look; its figures, for result.json. Writes
+        RUN/items.json. NonFinite as the loop."""
+        self.looks, self.best, self.done = [], 0, 0
+        trainer, name = self.trainer, f"{self.task.name}_s{seed}"
+        trainer.labels = {"finetuned": [*self.start.lineage, self.entry(seed)]}
+        trainer.reset(seed, seed, run_id=name)
+        try:
+            with contextlib.redirect_stdout(Tenths(sys.stdout)):
+                folder = Path(trainer.run()["run"])
+        except T.NonFinite as e:
+            T.write_exit(trainer.folder, [], T.EXIT_CODES["non-finite"], str(e))
+            raise
+        T.write_exit(folder, [], T.EXIT_CODES["done"], "done")
+        model, meta = sample.load(folder, self.cfg.run.device, self.task.row)
+        window = T.windows(self.start.window, trainer.world.device)
+        scores = self.task.score(model, meta, window)
+        (folder / "items.json").write_text(json.dumps(scores.items))
+        steps = {"best_step": self.best, "steps": len(trainer.steps)}
+        return {"seed": seed, "run": name, **steps, "looks": self.looks, "figures": scores.figures}
+
+
+# ---- What is shown ------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> dict:
+    """mean, sd (of a sample; None for one value), n."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+
+
+def result_of(tuning: Tuning, before: Scores | None, seeds: list[dict]) -> dict:
+    """A task's part of result.json."""
+    names = list(seeds[0]["figures"])
+    task = tuning.task
+    return {
+        "task": task.name,
+        "about": task.about,
+        **{"epochs": tuning.epochs, "lr": tuning.cfg.schedule.stages[0].lr},
+        **{"rows_a_step": task.rows, "row_tokens": task.row, "window": tuning.start.window},
+        "chosen_by": task.chosen_by,
+        "before": before and before.figures,
+        "after": {name: spread([s["figures"][name] for s in seeds]) for name in names},
+        "seeds": seeds,
+    }
+
+
+def table(results: list[dict]) -> str:
+    """Every task's figures, percent: before, and after as mean, sd and each seed."""
+    out = []
+    for r in results:
+        about = r["about"]
+        out += [
+            f"{r['task']}: trained on {about['trained_on']}, scored on {about['scored_on']}",
+            f"{'percent':20} {'before':>7} {'after':>7} {'sd':>6} {'n':>3}  seeds",
+        ]
+        for name, after in r["after"].items():
+            before = f"{r['before'][name]:.2f}" if r["before"] else "-"
+            sd = "-" if after["sd"] is None else f"{after['sd']:.2f}"
+            each = " ".join(f"{s['figures'][name]:.2f}" for s in r["seeds"])
+            out.append(f"{name:20} {before:>7} {after['mean']:7.2f} {sd:>6} {after['n']:3}  {each}")
+        out.append("")
+    out.append("sd is over fine-tuning seeds of one checkpoint: it says nothing about other ones.")
+    return "\n".join(out)
+
+
+def draw(tuning: Tuning, result: dict, out: Path) -> str:
+    """Learning curves of a task as OUT/TASK.png and .svg; a line about them."""
+    try:
+        from records import plots
+    except ImportError as e:
+        return f"no plot: {e.name} is not installed"
+    path, task = out / f"{tuning.task.name}_curves", tuning.task
+    epoch = tuning.rows_an_epoch / task.rows
+    key = task.chosen_by
+    with plots.style(plots.LIGHT):
+        figure, axes = plots.new_figure(2)
+        for (colour, marker), seed in zip(itertools.cycle(plots.STYLES), result["seeds"]):
+            x, y = (np.array([look[name] for look in seed["looks"]]) for name in ("step", key))
+            axes[0].plot(x / epoch, y, color=colour, marker=marker, label=f"seed {seed['seed']}")
+            best = x == seed["best_step"]
+            axes[0].plot(x[best] / epoch, y[best], "o", color=colour, markersize=9, alpha=0.5)
+            steps = logs.load_run(out / seed["run"]).steps
+            parts = np.array_split([[s["step"], s["loss"]] for s in steps], min(len(steps), 60))
+            at, loss = np.array([part.mean(0) for part in parts]).T
+            axes[1].plot(at / epoch, loss, color=colour)
+        what, unit = ("accuracy", "percent") if key == "accuracy" else ("loss on answers", "nats")
+        plots.say(axes[0], f"{task.name}: held-out {what} (large dots: kept)", "epochs", unit)
+        plots.say(axes[1], "Training loss on answers", "epochs", "nats")
+        axes[0].legend(frameon=False)
+        plots.save(figure, path)
+    return f"plot: {path}.png"
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="finetune", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("task", choices=("coqa", "csqa"), help="csqa: CommonsenseQA, cloze form and choice head")
+    add("model", metavar="MODEL", help="run folder, or a checkpoint in it (ckpt/step_*)")
+    folder = {"type": Path, "metavar": "DIR"}
+    add("--task-data", required=True, **folder, help="holds coqa/ or commonsense_qa/")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    add("--epochs", type=int, default=0, metavar="N", help="(coqa 4, csqa 3)")
+    add(
+        "--lr",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="factor on every learning rate that the checkpoint was trained with (gpt2 0.1, "
+        "others 0.05)",
+    )
+    add("--split", choices=coqa.SPLITS, default="train_partial", help="coqa: (train_partial)")
+    add("--limit", type=int, default=0, metavar="N", help="score the first N alone, to try it out")
+    add("--out", default=None, **folder, help="new or empty (runs/TIME_finetune_TASK_RUN)")
+    add("--tokenizer", default="", metavar="FILE", help="gpt2.tiktoken, if it cannot be fetched")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be found wrong at once; fills in device and folder."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise T.InputError("fine-tuning takes minutes on one GPU: start it without torchrun")
+    if args.epochs < 0 or args.limit < 0 or not (math.isfinite(args.lr) and args.lr >= 0):
+        raise T.InputError("--epochs, --limit and --lr are 0 (for the usual) or more")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise T.InputError("--seeds are different numbers, 0 or more")
+    if args.split != "train_partial" and args.task != "coqa":
+        raise T.InputError(f"--split {args.split} is one of coqa's")
+    args.device = T.World.start(args.device).device.type
+    if args.out is None:
+        run = T.find_checkpoint(args.model).parents[1].name
+        args.out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}_finetune_{args.task}_{run}"
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise T.InputError(f"{args.out} is there already: name a folder that is empty or new")
+
+
+def finetune(args: argparse.Namespace) -> list[dict]:
+    """All tasks and seeds; what is in result.json. InputError before any training."""
+    check(args)
+    start = Start.load(args.model, args.tokenizer)
+    if args.task == "coqa":
+        tasks = coqa.make(args.task_data, start.meta, start.words, args.split, args.limit, args.out)
+    else:
+        tasks = csqa.make(args.task_data, start.words, args.limit)
+    results = []
+    for task in tasks:
+        results.append(tune(start, task, args))
+        said = {"schema": T.SCHEMA, "start": start.as_json, "lineage": start.lineage}
+        said |= {"source_sha256": {p.name: T.sha256(p) for p in sources()}, "results": results}
+        (args.out / "result.json").write_text(json.dumps(said, indent=1))
+    (args.out / "table.txt").write_text(table(results) + "\n")
+    print(f"\n{table(results)}\nin {args.out}", flush=True)
+    return results
+
+
+def tune(start: Start, task: Task, args: argparse.Namespace) -> dict:
+    """One task, all seeds."""
+    tuning = Tuning(start, task, args)
+    device = tuning.trainer.world.device
+    model = start.model(tuning.trainer.cfg.model, task.row, tuning.trainer.dtype).to(device).eval()
+    before = task.before(model, start.meta, T.windows(start.window, device))
+    del model
+    if before is not None:
+        (args.out / f"{task.name}_before.json").write_text(json.dumps(before.items))
+        print(f"{task.name} before: {shown(before.figures)}", flush=True)
+    seeds = []
+    for seed in args.seeds:
+        seeds.append(tuning.run(seed))
+        print(f"{task.name} seed {seed}: {shown(seeds[-1]['figures'])}", flush=True)
+    result = result_of(tuning, before, seeds)
+    print(draw(tuning, result, args.out), flush=True)
+    return result
+
+
+def shown(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+
+
+def sources() -> list[Path]:
+    here = Path(__file__)
+    return [
+        here.with_name(f"{name}.py") for name in ("finetune", "task", "coqa", "coqa_score", "csqa")
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 done; 2 bad input, with one sentence; 3 loss not finite; 5 out of memory."""
+    T.set_environment()
+    args = parse(argv)
+    try:
+        finetune(args)
+        return 0
+    except (T.InputError, shards.InputError) as e:
+        code, reason = T.EXIT_CODES["input"], str(e)
+    except T.NonFinite as e:
+        code, reason = T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
+    except torch.OutOfMemoryError:
+        code, reason = T.EXIT_CODES["memory"], "out of GPU memory"
+    except KeyboardInterrupt:
+        code, reason = 130, "interrupted; what was kept so far is in the run folders"
+    print(f"finetune: {reason}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

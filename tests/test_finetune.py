@@ -1,0 +1,446 @@
+"""evals/finetune.py: what a seed changes, loss on answers alone, early stopping, a tiny model that
+learns a constructed task, and checkpoints that everything else takes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import fake_tasks as F
+import helpers as H
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from evals import coqa, csqa, export, finetune, sample, task
+from records import logs
+from variants import gpt2
+
+T = H.T
+NEW_ROW = 257  # of a byte model's head: the first that no token uses
+
+
+@pytest.fixture(scope="module")
+def base(text_data, tmp_path_factory):
+    """A run of 8 steps."""
+    out = tmp_path_factory.mktemp("base")
+    return Path(T.train(H.tiny(text_data, out, save_final=True, run_id="base"))["run"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    return F.write_csqa(F.write_coqa(folder))
+
+
+def arguments(base: Path, out: Path, *words: str, name: str = "csqa") -> argparse.Namespace:
+    args = finetune.parse(
+        [name, str(base), "--task-data", ".", "--out", str(out), "--device", "cpu", *words]
+    )
+    finetune.check(args)
+    return args
+
+
+def tuning_of(base: Path, data: Path, out: Path, kind: str, *words: str) -> finetune.Tuning:
+    """Of the task of this name, in steps of 1,024 tokens: a handful an epoch."""
+    start = finetune.Start.load(str(base), "")
+    made = csqa.make(data, start.words, 0)
+    made += coqa.make(data, start.meta, start.words, "train_partial", 0, out)
+    chosen = next(t for t in made if t.name == kind)
+    chosen.step_tokens = 1024
+    return finetune.Tuning(start, chosen, arguments(base, out, *words))
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return T.load_checkpoint(folder)[0]["model"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def first_batches(tuning: finetune.Tuning, seed: int, count: int = 6) -> torch.Tensor:
+    cfg = tuning.cfg.with_(seed=seed, data_seed=seed)
+    batches = tuning.batches(tuning.trainer.steps[:count], cfg, tuning.trainer.world)
+    return torch.stack([batch.tokens for batch in batches])
+
+
+# ---- What a seed is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csqa_cloze", "csqa_head", "coqa"])
+def test_a_seed_starts_nothing_but_the_new_vector(kind, base, data, tmp_path):
+    """Every parameter is the checkpoint's, whatever the seed; the choice's vector is the seed's."""
+    tuning, saved = tuning_of(base, data, tmp_path, kind), weights(base)
+    starts = []
+    for seed in (0, 1):
+        tuning.trainer.reset(seed, seed)
+        starts.append({k: v.clone() for k, v in tuning.trainer.model.state_dict().items()})
+    new = [start["head"][NEW_ROW].clone() for start in starts]
+    if kind == "csqa_head":
+        assert not torch.equal(*new)
+        assert all(0 < v.std() < 3 * csqa.NEW_STD for v in new)
+    for start in starts:
+        start["head"][NEW_ROW] = saved["head"][NEW_ROW]
+        assert same(start, saved) or kind == "csqa_head"
+        assert same(start, saved)
+    assert torch.equal(first_batches(tuning, 0), first_batches(tuning, 0))
+    assert not torch.equal(first_batches(tuning, 0), first_batches(tuning, 1))
+
+
+def test_every_epoch_has_every_unit_once(base, data, tmp_path):
+    tuning = tuning_of(base, data, tmp_path, "csqa_head")
+    wanted = sorted(tuple(d.ids) for unit in tuning.task.units for d in unit)
+    got, orders = [], []
+    for row in tuning.rows(0):
+        assert sum(map(len, row)) <= tuning.task.row
+        got += [tuple(document.ids) for document in row]
+        if len(got) >= len(wanted):
+            assert sorted(got) == wanted
+            orders.append(got)
+            got = []
+        if len(orders) == 2:
+            break
+    assert orders[0] != orders[1]
+
+
+def test_bitwise_reproducible(base, data, tmp_path):
+    """The same seed, in this process or after another seed: the same bits. Another seed: others."""
+    found = []
+    for place, seeds in (("a", [0]), ("b", [1, 0])):
+        tuning = tuning_of(
+            base, data, tmp_path / place, "csqa_head", "--lr", "0.5", "--epochs", "1"
+        )
+        results = [tuning.run(seed) for seed in seeds]
+        folder = tmp_path / place
+        found.append((results[-1], weights(folder / "csqa_head_s0")))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
+    assert not same(found[0][1], weights(tmp_path / "b" / "csqa_head_s1"))
+
+
+# ---- Loss on answers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csqa_cloze", "coqa"])
+def test_the_loops_loss_is_that_of_the_answers(kind, base, data, tmp_path):
+    """The first step's loss is the mean over answer tokens, each document read by itself with the
+    checkpoint's model, and the gradient's norm is that of this mean."""
+    tuning = tuning_of(base, data, tmp_path, kind)
+    tuning.trainer.reset(3, 3)
+    step = tuning.trainer.steps[0]
+    cfg = tuning.cfg.with_(data_seed=3)
+    (batch,) = tuning.batches([step], cfg, tuning.trainer.world)
+    loss, norm = tuning.trainer.train_step(step, batch)
+    model = T.load_model(base)[0].train()
+    chances, asked = [], 0
+    for row in range(len(batch.tokens)):
+        for number in batch.docs[row].unique():
+            at = batch.docs[row] == number
+            ids = batch.tokens[row, at][None]
+            text = bytes(ids[0, 1:].clamp(max=255).tolist()).decode("latin-1")
+            h = model(ids, torch.zeros_like(ids), T.windows(128, "cpu"))[0]
+            z = T.softcap(h @ model.head.t(), model.softcap).log_softmax(-1)
+            for begin, end in answers_in(text, kind):
+                asked += end - begin
+                # behind end-of-text, byte i is token i + 1, and what stands before it predicts it
+                chances += [z[i, ids[0, i + 1].long()] for i in range(begin, end)]
+    wanted = -torch.stack(chances).mean()
+    assert asked > 50
+    assert float(loss[0]) == pytest.approx(wanted.item(), rel=1e-5)
+    grads = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    length = sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
+    assert float(norm) == pytest.approx(length, rel=1e-4)
+
+
+def answers_in(text: str, kind: str) -> list[tuple[int, int]]:
+    """Where the answers stand in a document's text, found without the task's code."""
+    mark = "\nAnswer:" if kind == "csqa_cloze" else "A:"
+    found, at = [], text.find(mark)
+    while at >= 0:
+        begin = at + len(mark)
+        end = text.find("\n", begin) + 1 or len(text)  # the line end is asked for, too
+        found.append((begin, end))
+        at = text.find(mark, end)
+    return found
+
+
+# ---- Early stopping -----------------------------------------------------------------------------
+
+
+def scripted(tuning: finetune.Tuning, monkeypatch, nats: list[float]) -> list[dict]:
+    """Looks say these figures and then 9, whatever the model; the weights that each has seen."""
+    seen, said = [], itertools.chain(nats, itertools.repeat(9.0))
+
+    def look(self, model, window):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"nats": next(said)}
+
+    monkeypatch.setattr(coqa.CoQA, "look", look)
+    return seen
+
+
+def test_the_best_look_is_kept(base, data, tmp_path, monkeypatch):
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "3", "--lr", "0.5")
+    seen = scripted(tuning, monkeypatch, [3.0, 1.0, 1.0, 2.0])
+    result = tuning.run(5)
+    nats = [3.0, 1.0, 1.0, 2.0, 9.0]
+    assert [look["nats"] for look in result["looks"]] == nats
+    assert result["best_step"] == result["looks"][1]["step"]  # the first of two equal ones
+    folder = tmp_path / "coqa_s5"
+    (kept,) = (folder / "ckpt").iterdir()
+    assert kept.name == f"step_{result['best_step']:08d}"
+    assert same(weights(folder), seen[1])
+    assert not same(seen[1], seen[2])
+    log = H.read_log(folder, "held_out")
+    assert [line["nats"] for line in log] == nats
+    assert [line["best"] for line in log] == [result["looks"][i]["step"] for i in (0, 1, 1, 1, 1)]
+    run = logs.load_run(folder)  # the chain is whole
+    assert run.done
+    assert run.labels["finetuned"][0]["task"] == "coqa"
+
+
+def test_the_held_out_slice_alone_is_looked_at(base, data, tmp_path, monkeypatch):
+    """No document of a look is one of train or of the reported set."""
+    tuning = tuning_of(base, data, tmp_path, "csqa_cloze", "--epochs", "1")
+    seen = []
+    nats = task.answer_nats
+
+    def spy(model, documents, *args):
+        seen.append({tuple(d.ids) for d in documents})
+        return nats(model, documents, *args)
+
+    monkeypatch.setattr(task, "answer_nats", spy)
+    result = tuning.run(0)
+    assert len(seen) == len(result["looks"]) + 1  # and at the end what is reported
+    *looked, reported = seen
+    trained = {tuple(d.ids) for unit in tuning.task.units for d in unit}
+    held = {tuple(d.ids) for unit in tuning.task.held_choices for d in unit}
+    assert all(look == held for look in looked)
+    assert not held & trained
+    assert not reported & (held | trained)
+
+
+# ---- Learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "figure", "most", "least"),
+    [
+        ("csqa_cloze", ("--lr", "1", "--epochs", "3"), "accuracy", 40, 90),
+        ("csqa_head", ("--lr", "1", "--epochs", "3"), "accuracy", 101, 90),
+        ("coqa", ("--lr", "2", "--epochs", "10"), "F1", 1, 90),
+    ],
+)
+def test_a_tiny_model_learns(kind, words, figure, most, least, base, data, tmp_path):
+    tuning = tuning_of(base, data, tmp_path, kind, *words)
+    model, meta = sample.load(base, context=tuning.task.row)
+    before = tuning.task.before(model, meta, T.windows(tuning.start.window, "cpu"))
+    if before is not None:
+        assert before.figures[figure] < most
+    result = tuning.run(0)
+    assert result["figures"][figure] >= least
+    items = json.loads((tmp_path / f"{kind}_s0" / "items.json").read_text())
+    assert len(items) == 20 if kind != "coqa" else len(items) == 19
+
+
+# ---- Normal checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    tuning_of(base, data, out, "csqa_head", "--epochs", "1", "--lr", "0.5").run(0)
+    return out / "csqa_head_s0"
+
+
+def test_a_tuned_run_is_a_run(tuned, base, data, tmp_path):
+    """sample and export take it; a second tuning starts from it and remembers the first."""
+    model, meta = sample.load(tuned)
+    assert len(sample.generate(model, meta, [256], 256, tokens=5, end=False)) == 5
+    done = export.export(tuned, tmp_path / "hf")
+    assert done.difference < export.TOLERANCE
+    assert task.lineage(tmp_path / "hf") == task.lineage(tuned)
+    assert "| fine-tuned on | CommonsenseQA train |" in (tmp_path / "hf/README.md").read_text()
+    again = tuning_of(tuned, data, tmp_path / "again", "csqa_cloze", "--epochs", "1")
+    result = again.run(0)
+    entries = task.lineage(tmp_path / "again" / result["run"])
+    assert [e["task"] for e in entries] == ["csqa_head", "csqa_cloze"]
+    assert entries[0]["start"]["run"] == "base"
+    assert entries[1]["start"]["sha256"] == T.load_checkpoint(tuned)[1]["sha256"]
+    assert task.lineage(base) == []
+    assert again.start.window == 128
+
+
+def test_windows_are_the_exports(base, data, tmp_path):
+    """Tuned with the extended window where the checkpoint's export has it, and exported so."""
+    run = tmp_path / "base"
+    shutil.copytree(base, run)
+    file = T.find_checkpoint(run) / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["config"]["ext_window"] = 384
+    file.write_text(json.dumps(meta))
+    tuning = tuning_of(run, data, tmp_path / "out", "csqa_head", "--epochs", "1")
+    tuning.run(0)
+    tuned = json.loads(
+        (T.find_checkpoint(tmp_path / "out" / "csqa_head_s0") / "meta.json").read_text()
+    )
+    assert tuned["window"] == 384
+    assert export.windows_of(tuned) == ([384, 128], [384, 128])
+    assert export.windows_of(meta)[0] == [384, 128]
+
+
+def test_resumed_is_as_if_never_stopped(base, data, tmp_path, monkeypatch):
+    """From the kept checkpoint of the second of five looks, through the same hooks, the last
+    weights are the same bits."""
+    words = ("--epochs", "3", "--lr", "0.5")
+    tuning = tuning_of(base, data, tmp_path, "coqa", *words)
+    seen = scripted(tuning, monkeypatch, [3.0, 1.0])
+    result = tuning.run(4)
+    shutil.rmtree(tmp_path / "tokens")
+    shutil.move(tmp_path / "coqa_s4", tmp_path.parent / "kept")
+    again = tuning_of(base, data, tmp_path, "coqa", *words)
+    after = scripted(again, monkeypatch, [])
+    again.done = result["best_step"]
+    again.trainer.reset(4, 4)
+    again.trainer.cfg = again.trainer.cfg.with_(resume=str(tmp_path.parent / "kept"))
+    again.trainer.run()
+    assert len(after) == 3
+    assert same(after[-1], seen[-1])
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def test_command_line(base, data, tmp_path, capsys):
+    """Both forms, two seeds: folders, table, curves and JSON."""
+    out = tmp_path / "out"
+    words = ["csqa", str(base), "--task-data", str(data), "--seeds", "0", "7", "--out", str(out)]
+    assert finetune.main([*words, "--epochs", "1", "--limit", "15", "--device", "cpu"]) == 0
+    said = json.loads((out / "result.json").read_text())
+    assert said["start"]["run"] == "base"
+    cloze, head = said["results"]
+    assert [r["task"] for r in said["results"]] == ["csqa_cloze", "csqa_head"]
+    assert cloze["about"]["scored_on"] == "15 validation questions"
+    for r in said["results"]:
+        values = [s["figures"]["accuracy"] for s in r["seeds"]]
+        assert [s["seed"] for s in r["seeds"]] == [0, 7]
+        assert r["after"]["accuracy"]["n"] == 2
+        assert r["after"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+        assert r["after"]["accuracy"]["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        for seed in r["seeds"]:
+            assert logs.load_run(out / seed["run"]).done
+            assert json.loads((out / seed["run"] / "exit.json").read_text())["code"] == 0
+        for kind in ("png", "svg"):
+            assert (out / f"{r['task']}_curves.{kind}").stat().st_size > 1000
+    assert head["before"] is None
+    assert set(cloze["before"]) == {"accuracy", "accuracy, sums"}
+    table = (out / "table.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert "says nothing about other ones" in table
+
+
+def test_gpt2(text_data, data, tmp_path):
+    """The variant is tuned by its own AdamW, within its 1,024 positions."""
+    small = {"n_layer": 2, "d_model": 32, "n_head": 2, "head_dim": 16, "long_layers": (0, 1)}
+    cfg = T.make_config(
+        "gpt2",
+        **{**small, "row_tokens": 32, "val_row_tokens": 32, "val_call_tokens": 256},
+        **{"stages": (T.Stage(1.0, 256, 1.0, (1024, 1024)),), "tokens": 256 * 2, "looks": 0},
+        **{"require_gpu": False, "device": "cpu", "compile": False, "dev_tokens": 256},
+        **{"val_tokens": 256, "data": str(text_data), "out": str(tmp_path), "run_id": "g"},
+    )
+    run = T.train(cfg, hooks=gpt2.make_hooks(cfg))["run"]
+    tuning = tuning_of(run, data, tmp_path / "out", "coqa", "--epochs", "2", "--lr", "20")
+    assert tuning.task.most == 1024
+    assert [b.group.kind for b in tuning.trainer.optimizer.banks] == ["adam", "adam"]
+    assert isinstance(tuning.trainer.model, gpt2.GPT2)
+    result = tuning.run(0)
+    assert result["looks"][-1]["nats"] < result["looks"][0]["nats"]
+
+
+# ---- Refusals -----------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_sentence_and_2(base, data, tmp_path, capsys, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "x").touch()
+    folder = tmp_path / "hf"
+    F.write_jsonl(folder / "config.json", [{}])
+    few = tmp_path / "few.tiktoken"
+    few.write_bytes(b"".join(b"%s %d\n" % (b64(b), b) for b in range(255)))
+    good = [str(base), "--task-data", str(data), "--device", "cpu"]
+    cases = {
+        ("csqa", str(tmp_path / "none"), *good[1:]): "holds no whole checkpoint",
+        ("csqa", str(folder), *good[1:]): "is an exported folder",
+        ("coqa", *good, "--split", "train"): "coqa/train.jsonl",
+        ("csqa", *good, "--split", "dev400"): "one of coqa's",
+        ("csqa", str(base), "--task-data", str(taken)): "commonsense_qa/train.jsonl",
+        ("csqa", *good, "--out", str(taken)): "is there already",
+        ("csqa", *good, "--seeds", "1", "1"): "different numbers",
+        ("csqa", *good, "--lr", "-1"): "--lr are 0",
+        ("csqa", *good, "--tokenizer", str(few)): "few.tiktoken",
+    }
+    for words, said in cases.items():
+        extra = [] if "--out" in words else ["--out", str(tmp_path / "new")]
+        assert finetune.main([*words, *extra]) == 2, words
+        err = capsys.readouterr().err
+        assert said in err, err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "new").exists(), words
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert finetune.main(["csqa", *good]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(["squad", *good])
+
+
+def b64(byte: int) -> bytes:
+    import base64
+
+    return base64.b64encode(bytes([byte]))
+
+
+def test_another_vocabulary(base, data, tmp_path, capsys):
+    run = tmp_path / "other"
+    shutil.copytree(base, run)
+    file = T.find_checkpoint(run) / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["config"]["vocab"] = 300
+    file.write_text(json.dumps(meta))
+    words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
+    assert finetune.main(words) == 2
+    assert "300 tokens are an unknown vocabulary" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite(base, data, tmp_path, capsys):
+    run = tmp_path / "broken"
+    shutil.copytree(base, run)
+    folder = T.find_checkpoint(run)
+    state, meta = T.load_checkpoint(folder)
+    state["model"]["embed"][:] = torch.nan
+    torch.save(state, folder / "state.pt")
+    meta["sha256"] = T.sha256(folder / "state.pt")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
+    assert finetune.main([*words, "--device", "cpu"]) == 3
+    assert "smaller --lr" in capsys.readouterr().err
+    assert json.loads((tmp_path / "new/csqa_cloze_s0/exit.json").read_text())["code"] == 3
+
+
+def test_settings_are_the_checkpoints_own(base, data, tmp_path):
+    """But for the schedule, the data, the place and what makes a run fast on a GPU."""
+    tuning = tuning_of(base, data, tmp_path, "csqa_cloze")
+    mine, theirs = tuning.cfg, T.config_from_flat(T.load_checkpoint(base)[1]["config"])
+    assert mine.model == theirs.model
+    momentum = {"momentum_warmup": 4, "momentum_cooldown": 2}
+    assert dataclasses.replace(mine.optim, **momentum) == theirs.optim
+    assert mine.schedule.stages[0].lr == finetune.USUAL_LR
+    lrs = [step.lr for step in tuning.trainer.steps]
+    assert max(lrs) == pytest.approx(finetune.USUAL_LR)
+    assert lrs[-1] < 0.25 * finetune.USUAL_LR
