@@ -356,22 +356,13 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
-    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers"):
-        over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
-        need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
-    skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
-    need(skip, "--skip is from+to, from < to")
-    for name in ("backout", "attention_from"):
-        i = getattr(m, name)
-        need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
-    need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
+    check_blocks(m, need)
+    need(m.bigram or not m.bigram_dim, "--bigram_dim is of the table of --bigram rows")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
     rotates_half = m.rope and m.half_rope
     need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
-    for name in ("layers", "value_layers"):
-        without = set(getattr(m, name)) & set(m.no_attention)
-        need(not without, f"--{name} names blocks of --no_attention")
+    need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
     need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
@@ -412,6 +403,22 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
     need(bool(plain), f"--run_id {r.run_id!r}: plain names")
     return bad
+
+
+def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
+    """What names blocks names some that are there and, where it matters, have attention."""
+    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers"):
+        over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
+        need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
+    for name in ("backout", "attention_from"):
+        i = getattr(m, name)
+        need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
+    for name in ("layers", "value_layers"):
+        without = set(getattr(m, name)) & set(m.no_attention)
+        need(not without, f"--{name} names blocks of --no_attention")
+    skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
+    need(skip, "--skip is from+to, from < to")
+    need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
 
 
 def parse_args(argv: list[str]) -> Config:

@@ -210,10 +210,20 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
         assert torch.equal(keys(layer, True, x), keys(layer, False, x)) == (layer in (1, 2))
 
 
-def test_key_offset_needs_half_rope():
-    for off in ({"half_rope": False}, {"rope": False}):
-        cfg = T.make_config("speedrun", key_offset=True, **off)
-        assert any("--key-offset" in p for p in T.check_config(cfg))
+@pytest.mark.parametrize(
+    "flag, changes",
+    [
+        ("--key-offset", {"key_offset": True, "half_rope": False}),
+        ("--key-offset", {"key_offset": True, "rope": False}),
+        ("--bigram", {"bigram": 100}),
+        ("--bigram-dim", {"bigram": 128, "bigram_dim": 1000}),
+        ("--bigram-dim", {"bigram_dim": 192}),
+        ("--normuon", {"normuon": 1.0}),
+        ("--attention-from", {"attention_from": 12}),
+    ],
+)
+def test_what_cannot_be_is_refused(flag, changes):
+    assert any(flag in p for p in T.check_config(T.make_config("speedrun", **changes)))
 
 
 # ---- smear --------------------------------------------------------------------------------------
