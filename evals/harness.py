@@ -34,7 +34,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import doctor, shards
-from evals import sample, score_table
+from evals import sample, score_table, task
 
 SCHEMA = 1
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
@@ -176,11 +176,14 @@ def evaluate(asked: Asked, tasks, args: argparse.Namespace, device: torch.device
     return {"schema": SCHEMA, "name": asked.name, "model": facts, "results": results}
 
 
-def check(models: list[Asked], args: argparse.Namespace) -> None:
-    """What would stop a later model, said before hours go into the first."""
+def check(models: list[Asked], args: argparse.Namespace, tasks: list[str]) -> None:
+    """What would stop a later model, or make its figures worthless, said before hours go into the
+    first. tasks: the Harness's names."""
     from evals import export, hf_tokenizer, scores
 
     for asked in models:
+        if asked.kind in ("folder", "run"):
+            task.refuse_trained_on(asked.path, tasks)
         if asked.kind == "folder":
             scores.checked(asked.path, args.trust_remote_code)
         elif asked.kind == "run":
@@ -209,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
     if any(asked.kind != "scores" for asked in models):
         go_offline_or_refuse(args.tasks_dir)
         tasks, device = tasks_of(args), T.World.start(args.device).device
-        check(models, args)
+        check(models, args, tasks.names())
     out = new_folder(args.out)
     for asked in models:
         if asked.scores is None:

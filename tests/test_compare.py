@@ -240,7 +240,7 @@ def test_two_blocks(compared, arms):
     }
     claim = json.loads((out / "claim.json").read_text())
     keys = {"kind", "title", "track", "date", "arms", "baseline", "metric", "target", "by"}
-    assert set(claim) == keys and claim["arms"] == line[:2]
+    assert set(claim) == keys | {"compare"} and claim["arms"] == line[:2]
     assert [claim[k] for k in ("kind", "track", "baseline")] == ["screen", "demo", "softmax"]
     assert claim["metric"] == "dev_loss", "a screen leaves val closed"
     assert all(run.final("dev_loss") and run.final("val_loss") is None for run in runs)

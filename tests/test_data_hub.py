@@ -42,6 +42,8 @@ VAL = "finewebedu_val_000000.bin"
 def fake(monkeypatch):
     with FakeHub(REPO, dict(FILES)) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        # test_eval.py is offline from its import on, for all that shares its process
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
 

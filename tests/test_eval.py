@@ -421,6 +421,8 @@ def test_bad_folders(sitting, tmp_path, capsys):
     assert "cannot be loaded" in refused([small, *tasks], tmp_path, capsys)
     theirs = changed("theirs", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     assert "--trust-remote-code" in refused([theirs, *tasks], tmp_path, capsys)
+    tuned = changed("tuned", finetuned=[{"trained_on": "piqa's own items", "tainted": ["piqa"]}])
+    assert "was fine-tuned on piqa's own items" in refused([tuned, *tasks], tmp_path, capsys)
     unknown = changed("unknown", model_type="mine")
     assert "cannot be loaded" in refused([unknown, *tasks], tmp_path, capsys)
 

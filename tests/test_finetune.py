@@ -285,6 +285,7 @@ def test_windows_are_the_exports(base, data, tmp_path):
     meta = json.loads(file.read_text())
     meta["config"]["ext_window"] = 384
     file.write_text(json.dumps(meta))
+    (file.parent / "DONE").write_text(T.sha256(file))
     tuning = tuning_of(run, data, tmp_path / "out", "csqa_head", "--epochs", "1")
     tuning.run(0)
     tuned = json.loads(
@@ -413,6 +414,7 @@ def test_another_vocabulary(base, data, tmp_path, capsys):
     meta = json.loads(file.read_text())
     meta["config"]["vocab"] = 300
     file.write_text(json.dumps(meta))
+    (file.parent / "DONE").write_text(T.sha256(file))
     words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
     assert finetune.main(words) == 2
     assert "300 tokens are an unknown vocabulary" in capsys.readouterr().err
@@ -427,6 +429,7 @@ def test_a_loss_that_is_not_finite(base, data, tmp_path, capsys):
     torch.save(state, folder / "state.pt")
     meta["sha256"] = T.sha256(folder / "state.pt")
     (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "DONE").write_text(T.sha256(folder / "meta.json"))
     words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
     assert finetune.main([*words, "--device", "cpu"]) == 3
     assert "smaller --lr" in capsys.readouterr().err
