@@ -43,6 +43,7 @@ def fake(monkeypatch):
     with FakeHub(REPO, dict(FILES)) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         # test_eval.py is offline from its import on, for all that shares its process
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
