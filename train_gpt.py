@@ -556,7 +556,11 @@ class World:
             torch.cuda.set_device(where)
         if size > 1 and not dist.is_initialized():
             limit = datetime.timedelta(seconds=PEER_SECONDS)
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=limit)
+            # torchrun's store outlives a restart, and with it the addresses of dead processes.
+            store = next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+            store = dist.PrefixStore(f"attempt {restarts()}", store)
+            backend = "nccl" if gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         return cls(where, rank, size)
 
     @property

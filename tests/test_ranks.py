@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,12 +45,7 @@ def ended(process: subprocess.Popen, out) -> dict:
 
 
 def run(fault: str, data, out, *launch: str, **changes) -> dict:
-    said = ended(start(fault, data, out, *launch, **changes), out)
-    if "connectFullMesh failed" in (out / "said").read_text():  # gloo's own, on a busy machine
-        for left in out.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        said = ended(start(fault, data, out, *launch, **changes), out)
-    return said
+    return ended(start(fault, data, out, *launch, **changes), out)
 
 
 def weights(out, rank: int) -> dict:
@@ -103,7 +97,6 @@ def test_a_killed_rank_ends_the_job_with_4(text_data, tmp_path):
     assert not (tmp_path / "weights1.pt").exists()
 
 
-@pytest.mark.xfail(strict=False, reason="gloo's mesh at times refuses the restarted rank here")
 def test_a_killed_rank_comes_back_from_the_last_checkpoint(calm, text_data, tmp_path):
     """Without help, and the run is the one that nothing happened to."""
     said = run("kill", text_data, tmp_path, "--max-restarts", "1")
@@ -115,7 +108,6 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(calm, text_data, tmp_
     assert H.chain_breaks(tmp_path / "r") == []
 
 
-@pytest.mark.xfail(strict=False, reason="gloo's mesh at times refuses the restarted rank here")
 def test_a_restart_without_a_checkpoint_starts_over(calm, text_data, tmp_path):
     """The log of the first attempt is set aside, not mixed in and not lost."""
     said = run("kill", text_data, tmp_path, "--max-restarts", "1", save_every=0)
