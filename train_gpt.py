@@ -290,12 +290,7 @@ def parse_value(name: str, text: str):
         if kind == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # argparse makes a list of `--flag=--`
+    except (ValueError, KeyError, TypeError, AttributeError):  # `--flag=--` is a list to argparse
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
@@ -482,6 +477,11 @@ class Step:
     window: int  # tokens, long layers
     start: int  # tokens trained before it
     ahead: tuple[float, ...] = ()  # weights of the next tokens' losses (empty: the next one alone)
+
+    @property
+    def end(self) -> int:
+        """Tokens trained after it."""
+        return self.start + self.tokens
 
 
 def ahead_weights(part: float) -> tuple[float, float, float]:
@@ -1419,11 +1419,12 @@ class GPT(nn.Module):
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
         x = F.embedding(tokens, self.embed).to(self.dtype)
+        starts = starts_of(docs)
         if self.smear is not None:
-            x = self.smear(x, starts_of(docs))
+            x = self.smear(x, starts)
         x = x0 = norm(x)
         if self.bigram is not None:
-            pairs = self.bigram(tokens, starts_of(docs), self.dtype)
+            pairs = self.bigram(tokens, starts, self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
         for i, block in enumerate(self.blocks):
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
@@ -1642,8 +1643,7 @@ class Bank:
             step = step.add(agrees, alpha=rate * self.group.cautious_wd)
         if self.group.wd:
             self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
-        step = step.masked_fill(bad, 0)
-        weights.add_(step, alpha=-rate * max(1, rows / cols) ** 0.5)
+        weights.add_(step.masked_fill_(bad, 0), alpha=-rate * max(1, rows / cols) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
         """Name of each state tensor -> its owned slice; `adam` has a step count too. `second` has
@@ -2239,6 +2239,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return whole[-1]
 
 
+# What the disk, JSON, text and torch.load raise of a damaged checkpoint.
+CANNOT_READ = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
+    pickle.UnpicklingError,
+)
+
+
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(state, meta) of one folder; InputError where it is damaged. Nothing untrusted is unpickled:
     `weights_only`."""
@@ -2249,11 +2256,9 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
         if sha256(folder / "state.pt") != meta["sha256"]:
             raise InputError(f"{folder}/state.pt is damaged (sha256)")
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
-        raise InputError(f"{folder} is no checkpoint: {e!r}") from None
-    except ValueError as e:  # of json and of text, and our own
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except CANNOT_READ as e:
         raise InputError(f"{folder} is no checkpoint: {e!r}") from None
 
 
@@ -2714,7 +2719,7 @@ class Reporter:
             "step",
             step=done,
             loss=round(loss, 6),
-            tokens=step.start + step.tokens,
+            tokens=step.end,
             train_s=round(now, 4),
             ms=round(ms, 3),
             stage=step.stage,
@@ -2814,7 +2819,7 @@ class Run:
     def look(self, done: int, final: bool = False) -> dict:
         """dev_loss at the present window; at the end also val, once, at two windows."""
         at = self.steps[done - 1]
-        where = {"step": done, "tokens": at.start + at.tokens}
+        where = {"step": done, "tokens": at.end}
         where["train_s"] = round(self.clock.seconds, 3)
         dev = self.trainer.evaluate("dev", at.window)
         out = {"dev_loss": dev.pop("loss"), "dev_bpb": dev["bpb"]}
@@ -2879,7 +2884,7 @@ class Run:
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
         cfg, trainer, last = self.cfg, self.trainer, self.steps[-1]
-        have, trained = trainer.corpus.tokens("train"), last.start + last.tokens
+        have, trained = trainer.corpus.tokens("train"), last.end
         keys = windows(last.window, torch.device("cpu")).tolist()
         return {
             "schema": SCHEMA,
@@ -2924,7 +2929,7 @@ class Run:
         meta = {
             "schema": SCHEMA,
             "step": done,
-            "tokens": at.start + at.tokens,
+            "tokens": at.end,
             "train_s": self.clock.seconds,
             "window": at.window,
             "arm": self.cfg.model.arm,
@@ -2994,7 +2999,7 @@ class Run:
 
     def finish(self, status: str, done: int) -> dict:
         after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds
-        tokens = self.steps[done - 1].start + self.steps[done - 1].tokens if done else 0
+        tokens = self.steps[done - 1].end if done else 0
         spent = math.nan if after is None or self.energy is None else after - self.energy
         spent = float(
             self.world.sum(torch.tensor(spent, dtype=torch.float64, device=self.world.device))

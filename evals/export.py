@@ -76,9 +76,9 @@ def attention_spec(model: T.GPT, layer: int) -> dict | None:
 
 def windows_of(meta: dict) -> tuple[list[int], list[int]]:
     """The [long, short] windows to use, and those of the checkpoint's last step."""
-    trained, extended = int(meta["window"]), int(meta["config"]["ext_window"])
-    used = extended if extended and meta["step"] == meta["steps"] else trained
-    return T.windows(used, "cpu").tolist(), T.windows(trained, "cpu").tolist()
+    both = (sample.best_window(meta), int(meta["window"]))
+    used, trained = (T.windows(long, "cpu").tolist() for long in both)
+    return used, trained
 
 
 def nca_config(model: T.GPT, meta: dict, eot: int) -> NCAConfig:

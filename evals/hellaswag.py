@@ -249,12 +249,6 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
 # ---- After training -----------------------------------------------------------------------------
 
 
-def windows_of(meta: dict) -> int:
-    """The long window, tokens: that of `val_loss_ext` after the last step, its own before."""
-    extended = int(meta["config"]["ext_window"])
-    return extended if extended and meta["step"] == meta["steps"] else int(meta["window"])
-
-
 def score(args: argparse.Namespace) -> dict[str, bits.Mean]:
     """Prints and returns the figures of a run or checkpoint folder; InputError."""
     meta = sample.meta_of(args.model)
@@ -264,7 +258,7 @@ def score(args: argparse.Namespace) -> dict[str, bits.Mean]:
     if meta["config"]["preset"] == "gpt2":
         most = min(most, gpt2.BLOCK_SIZE)
     model, meta = sample.load(args.model, world.device.type, most)
-    window = T.windows(windows_of(meta), world.device)
+    window = T.windows(sample.best_window(meta), world.device)
     found = figures(items, log_likelihoods(model, items, window, world))
     if world.main:
         print(sentence(found) + (f": the first {args.limit:,} alone" if args.limit else ""))

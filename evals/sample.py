@@ -126,6 +126,13 @@ def meta_of(path: str | Path) -> dict:
     return meta
 
 
+def best_window(meta: dict) -> int:
+    """The long window, tokens, that a checkpoint is used with: that of `val_loss_ext` after the
+    last step, its own before."""
+    extended = int(meta["config"]["ext_window"])
+    return extended if extended and meta["step"] == meta["steps"] else int(meta["window"])
+
+
 def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Module, dict]:
     """(model, meta) of a run or checkpoint folder, train_gpt.py's or variants/gpt2.py's, ready for
     `stream`; InputError where it is none."""

@@ -173,7 +173,7 @@ def schedule_tokens(cfg: T.Config, budgets: dict[int, int]) -> dict[int, int]:
     trained = {}
     for fraction, tokens in budgets.items():
         steps = T.plan_steps(cfg, tokens)
-        trained[fraction] = steps[-1].start + steps[-1].tokens if steps else 0
+        trained[fraction] = steps[-1].end if steps else 0
     if len(set(trained.values()) - {0}) < len(budgets):
         raise T.InputError(f"too few tokens for schedules of {list(budgets)} %: they are {trained}")
     return trained

@@ -129,14 +129,21 @@ def pairs(filed: Filed) -> list[dict]:
     return [pair for pair in full_schedule(filed)["pairs"] if pair["n"]]
 
 
+def what(filed: Filed) -> Row:
+    """The first columns of a folder's rows."""
+    return {
+        "date": filed.claim["date"],
+        "folder": link(filed),
+        "kind": kind(filed),
+        "preset": filed.figures["preset"],
+    }
+
+
 def comparisons(board: Board, track: str) -> list[str]:
     """A row for every pair of arms that ran in blocks, newest first."""
     rows = [
         {
-            "date": f.claim["date"],
-            "folder": link(f),
-            "kind": kind(f),
-            "preset": f.figures["preset"],
+            **what(f),
             "tokens:": millions(full_schedule(f)["tokens"]),
             "arm": f"`{pair['arm']}`",
             "against": f"`{pair['against']}`",
@@ -157,10 +164,7 @@ def single_arms(board: Board, track: str) -> list[str]:
     """Folders of one arm that are no record: what a baseline gives, and how much it varies."""
     rows = [
         {
-            "date": f.claim["date"],
-            "folder": link(f),
-            "kind": kind(f),
-            "preset": f.figures["preset"],
+            **what(f),
             "arm": f"`{arm}`",
             "tokens:": millions(full_schedule(f)["tokens"]),
             "n:": str(a["n"]),

@@ -17,15 +17,14 @@ import sys
 from pathlib import Path
 
 from records.logs import Run, load_run, load_runs
+from records.summary import ms_by_stage
 
 RANGES = ((0, 1), (1, 5), (5, 25), (25, 50), (50, 75), (75, 100))  # in percent of the steps
 
 
 def stage_ms(run: Run) -> list[float]:
-    """Median ms a step of each stage, its first step left out."""
-    stages = sorted({s["stage"] for s in run.steps})
-    by_stage = [[s["ms"] for s in run.steps if s["stage"] == stage][1:] for stage in stages]
-    return [statistics.median(ms) for ms in by_stage]
+    """ms a step of each stage, as summaries have it."""
+    return [stage["ms"] for stage in ms_by_stage([run]).values()]
 
 
 def rms(a: Run, b: Run, low: int, high: int) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.shards import sha256
 from records import logs, summary
 from records.logs import BadLog, Run
 from records.summary import fraction, machine
@@ -93,10 +93,6 @@ class Unreadable(ValueError):
     def __init__(self, finding: Finding):
         super().__init__(str(finding))
         self.finding = finding
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- Reading ------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def slug(arm: str) -> str:
 
 
 def make_header(cfg: T.Config, steps: list[T.Step], labels: dict) -> dict:
-    arm, trained = cfg.model.arm, steps[-1].start + steps[-1].tokens
+    arm, trained = cfg.model.arm, steps[-1].end
     source = {name: digest(path) for name, path in sources(arm).items()}
     active, attention, flops = SIZES.get(arm, SIZES["softmax"])
     data = open_text()["data"]
@@ -120,13 +120,13 @@ def write_steps(
     log: T.RunLog, cfg: T.Config, steps: list[T.Step], final: float, ms: float, first_ms: float
 ) -> float:
     """Step and val lines; the training seconds."""
-    n, total = len(steps), steps[-1].start + steps[-1].tokens
+    n, total = len(steps), steps[-1].end
     looks = {round(n * (i + 1) / cfg.run.looks) for i in range(cfg.run.looks)}
     noise = random.Random(f"{cfg.run.seed} {cfg.model.arm} {total}")
     seconds, stage = 0.0, -1
     for s in steps:
         took = ms * s.tokens / steps[0].tokens + (first_ms if s.stage != stage else 0.0)
-        seconds, stage, done = seconds + took / 1000, s.stage, s.start + s.tokens
+        seconds, stage, done = seconds + took / 1000, s.stage, s.end
         loss = min(final + 1.1 * ((done / total) ** -0.35 - 1), 10.8)  # nan stays nan
         log.write(
             "step",

@@ -277,15 +277,26 @@ def test_a_tuned_run_is_a_run(tuned, base, data, tmp_path):
     assert again.start.window == 128
 
 
+def write_meta(folder: Path, meta: dict) -> None:
+    """As a checkpoint holds it: DONE vouches for it."""
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "DONE").write_text(T.sha256(folder / "meta.json"))
+
+
+def change_config(run: Path, **changes) -> dict:
+    """The checkpoint's new meta."""
+    folder = T.find_checkpoint(run)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["config"] |= changes
+    write_meta(folder, meta)
+    return meta
+
+
 def test_windows_are_the_exports(base, data, tmp_path):
     """Tuned with the extended window where the checkpoint's export has it, and exported so."""
     run = tmp_path / "base"
     shutil.copytree(base, run)
-    file = T.find_checkpoint(run) / "meta.json"
-    meta = json.loads(file.read_text())
-    meta["config"]["ext_window"] = 384
-    file.write_text(json.dumps(meta))
-    (file.parent / "DONE").write_text(T.sha256(file))
+    meta = change_config(run, ext_window=384)
     tuning = tuning_of(run, data, tmp_path / "out", "csqa_head", "--epochs", "1")
     tuning.run(0)
     tuned = json.loads(
@@ -410,11 +421,7 @@ def b64(byte: int) -> bytes:
 def test_another_vocabulary(base, data, tmp_path, capsys):
     run = tmp_path / "other"
     shutil.copytree(base, run)
-    file = T.find_checkpoint(run) / "meta.json"
-    meta = json.loads(file.read_text())
-    meta["config"]["vocab"] = 300
-    file.write_text(json.dumps(meta))
-    (file.parent / "DONE").write_text(T.sha256(file))
+    change_config(run, vocab=300)
     words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
     assert finetune.main(words) == 2
     assert "300 tokens are an unknown vocabulary" in capsys.readouterr().err
@@ -428,8 +435,7 @@ def test_a_loss_that_is_not_finite(base, data, tmp_path, capsys):
     state["model"]["embed"][:] = torch.nan
     torch.save(state, folder / "state.pt")
     meta["sha256"] = T.sha256(folder / "state.pt")
-    (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "DONE").write_text(T.sha256(folder / "meta.json"))
+    write_meta(folder, meta)
     words = ["csqa", str(run), "--task-data", str(data), "--out", str(tmp_path / "new")]
     assert finetune.main([*words, "--device", "cpu"]) == 3
     assert "smaller --lr" in capsys.readouterr().err

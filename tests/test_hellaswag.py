@@ -130,7 +130,7 @@ def checkpoint(folder: Path, preset: str, window: int = 256, **changes) -> Path:
 
 def ours(run: Path, items: hellaswag.Items, positions: int = 4096) -> np.ndarray:
     model, meta = sample.load(run, "cpu", positions)
-    window = T.windows(hellaswag.windows_of(meta), "cpu")
+    window = T.windows(sample.best_window(meta), "cpu")
     model.flex = None
     found = hellaswag.log_likelihoods(model, items, window, T.World(torch.device("cpu")))
     assert model.flex is None, "the trainer's next step needs it as it was"
@@ -215,7 +215,7 @@ def test_real_items_are_the_harness_s_tokens():
 def on_rank(run: str, file: str) -> np.ndarray:
     world = T.World.start("cpu")
     model, meta = sample.load(run, "cpu", 4096)
-    window = T.windows(hellaswag.windows_of(meta), "cpu")
+    window = T.windows(sample.best_window(meta), "cpu")
     return hellaswag.log_likelihoods(model, hellaswag.load(file, 257), window, world)
 
 
