@@ -42,7 +42,8 @@ class Collect:
         config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
 
     def pytest_runtest_logreport(self, report) -> None:
-        name = report.nodeid.rpartition("/")[2]
+        file, _, test = report.nodeid.partition("::")  # a test's parameters may have slashes
+        name = f"{file.rpartition('/')[2]}::{test}"
         row = self.results.setdefault(name, {"test": name, "outcome": "passed", "seconds": 0.0})
         row["seconds"] = round(row["seconds"] + report.duration, 2)
         if report.outcome != "passed":
