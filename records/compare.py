@@ -191,12 +191,14 @@ class Table:
 def start_workers(
     comparison: Comparison, folder: Path, lock: int, workers: dict[str, Worker]
 ) -> list[dict]:
-    """Starts one process an arm, one after another; the data that all of them read. Fills
-    `workers` as it goes, so that the caller ends what it has started."""
+    """Starts one process an arm, `warm_together` of them at a time; the data that all of them read.
+    Fills `workers` as it goes, so that the caller ends what it has started."""
     digests = {T.sha256(folder / "code" / name) for name in comparison.code}
     data = None
-    for arm in comparison.arms:
-        workers[arm] = Worker(arm, comparison, folder, lock)
+    for i, arm in enumerate(comparison.arms):
+        if arm not in workers:
+            for each in comparison.arms[i : i + comparison.warm_together]:
+                workers[each] = Worker(each, comparison, folder, lock)
         said = workers[arm].hear("ready")
         if not set(said["source_sha256"].values()) <= digests:
             raise T.InputError(f"{arm}: its code was edited a moment ago: start again")
@@ -294,6 +296,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--data-seed", type=int, default=0, metavar="S", help="order of the text (0: the files')")
     add("--vary-data", action="store_true", help="another order in every block")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that a run has (1)")
+    add(
+        "--warm-together",
+        **{"type": int, "default": 1, "metavar": "N"},
+        help="arms that compile at a time, before any clock; each takes a run's memory (1)",
+    )
     theirs = [name for name in T.FLAGS if name not in OURS]
     for name in theirs:
         boolean = {"action": argparse.BooleanOptionalAction}

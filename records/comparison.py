@@ -46,6 +46,7 @@ class Comparison:
     metric: str
     target: float | None  # a record's: its mean is to be at most this
     code: dict[str, Path]  # name in code/ -> the file that runs
+    warm_together: int = 1  # of this sitting alone: arms that compile at the same time
 
     @property
     def arms(self) -> list[str]:
@@ -201,6 +202,7 @@ def make_comparison(args: argparse.Namespace, flags: list[str]) -> Comparison:
     for name, ok in (
         ("--blocks 1 or more", args.blocks >= 1),
         ("--gpus 1 or more", args.gpus >= 1),
+        ("--warm-together 1 or more", args.warm_together >= 1),
         ("--seed0 and --data-seed 0 or more", min(args.seed0, args.data_seed) >= 0),
         ("--fractions: percent, each once, 1 to 1000", all(0 < f <= 1000 for f in args.fractions)),
         ("--fractions names one twice", len(set(args.fractions)) == len(args.fractions)),
@@ -232,6 +234,7 @@ def make_comparison(args: argparse.Namespace, flags: list[str]) -> Comparison:
         budgets=budgets,
         trained=schedule_tokens(cfg, budgets),
         **{k: getattr(args, k) for k in ("blocks", "seed0", "data_seed", "vary_data", "gpus")},
+        warm_together=args.warm_together,
         target=args.target,
         metric="val_loss_ext" if opens_val else "dev_loss",
         code=code_of(list(configs), args.preset),

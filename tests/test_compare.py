@@ -211,7 +211,7 @@ def compared(text_data, arms, tmp_path_factory):
     """(folder, command line) of softmax and a user's loud arm, 2 blocks. Never changed: copy it."""
     out = tmp_path_factory.mktemp("compared") / "demo" / "2026-01-01_two-arms"
     line = ["softmax", f"{arms}:Loud", "--out", str(out), *flags_of(text_data, track="demo")]
-    assert compare.main([*line, "--blocks", "2"]) == 0
+    assert compare.main([*line, "--blocks", "2", "--warm-together", "2"]) == 0
     return out, line
 
 
@@ -445,6 +445,7 @@ def refused(argv: list[str], capsys) -> str:
         (["softmax", "--data", "/nowhere"], "/nowhere"),
         (["softmax", "--looks", "70", "--row-tokens", "31"], "--looks"),
         (["softmax", "--gpus", "3"], "3 ranks"),
+        (["softmax", "--warm-together", "0"], "--warm-together 1 or more"),
         (["softmax", "--device", "cuda"], "NVIDIA GPU"),
         (["softmax", "--preset", "nonsense"], "nonsense"),
         (["softmax", "--plan", "p"], "two arms"),
