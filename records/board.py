@@ -3,12 +3,13 @@ leaderboard.py checks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import verify
+from records import logs, verify
 from records.verify import Filed, Finding
 
 VAL_LINE = re.compile(r'^\{"t": "val".*"split": "val"', re.MULTILINE)
@@ -42,8 +43,11 @@ class Board:
 
     def val_looks(self, track: str) -> int:
         """How often a filed run of the track has opened val, runs set aside included."""
-        logs = (self.records / track).rglob("run.jsonl")
-        return sum(len(VAL_LINE.findall(p.read_text(errors="replace"))) for p in logs)
+        looks = 0
+        for path in logs.logs_in(self.records / track, "**"):
+            with contextlib.suppress(logs.BadLog):  # packed and damaged: a finding of verify's
+                looks += len(VAL_LINE.findall(logs.read_text(path, "replace")))
+        return looks
 
 
 def read_board(root: Path) -> Board:
@@ -60,7 +64,7 @@ def read_board(root: Path) -> Board:
                 continue
             filed[track].append(found)
             findings += broken
-    for folder in sorted({p.parents[2] for p in (root / "records").glob("*/*/*/run.jsonl")}):
+    for folder in sorted({p.parents[2] for p in logs.logs_in(root / "records", "*/*/*")}):
         if folder.name not in tracks:
             findings.append(Finding(folder, "is no track of tracks.json, and has runs"))
     return Board(root, tracks, filed, tuple(findings))

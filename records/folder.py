@@ -190,14 +190,14 @@ def plan_stands(folder: Path, comparison: Comparison, name: str, runs: bool) -> 
 
 def finished(folder: Path) -> logs.Run | None:
     """A run, or None where it did not come to its end; InputError where its log was edited."""
-    path = folder / "run.jsonl"
+    path = logs.log_of(folder)
     try:
         run = logs.load_run(folder)
         return run if run.done else None
     except FileNotFoundError:
         return None
     except logs.BadLog as e:  # a line that was being written when the machine stopped?
-        last = path.read_text(errors="replace").rstrip().rpartition("\n")[2]
+        last = logs.read_text(path, "replace").rstrip().rpartition("\n")[2]
         if last.startswith('{"t": "end"'):
             raise T.InputError(f"{e}; take {folder} away to run its block anew") from None
         return None

@@ -5,6 +5,8 @@
 ./run.sh records --check             verifies all folders (verify.py, RULES.md) and that nothing
                                      generated is out of date; exit code 1 with the findings
 ./run.sh records replay RECORD       reruns a record's first steps (replay.py)
+./run.sh records --pack FOLDER       packs the logs of a folder's runs (run.jsonl.xz), a fifth of
+                                     their size, read like plain ones
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a file: its own folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from records import pages, replay, summary, verify
+from records import logs, pages, replay, summary, verify
 from records.board import Board, of_record, read_board, shown
 from records.verify import Finding
 
@@ -121,9 +123,15 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="verify, write nothing")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="pack its logs, and stop")
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="(this checkout)")
     args = parser.parse_args(argv)
     try:
+        if args.pack:
+            if not args.pack.is_dir():
+                raise ValueError(f"--pack {args.pack}: there is no such folder")
+            print(f"packed {logs.pack(args.pack)} logs in {args.pack}")
+            return OK
         board = read_board(args.root.resolve())
         if args.check:
             return report(board)

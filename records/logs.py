@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+LOG, PACKED = "run.jsonl", "run.jsonl.xz"  # the second as `pack` leaves it: the same lines
+MOST_BYTES = 1 << 28  # of a log, unpacked
 
 
 class BadLog(ValueError):
@@ -24,7 +29,7 @@ class BadLog(ValueError):
 class Run:
     """One finished or unfinished run, as its log tells it."""
 
-    path: Path  # of run.jsonl
+    path: Path  # of run.jsonl or run.jsonl.xz
     header: dict
     steps: tuple[dict, ...]
     vals: tuple[dict, ...]  # dev and val looks, in order
@@ -64,10 +69,48 @@ def chain(line: str, h: str) -> str:
     return hashlib.sha256((h + line).encode()).hexdigest()[:16]
 
 
+def log_of(folder: Path) -> Path:
+    """A run's log in its folder, plain or packed; the plain path where there is neither."""
+    packed = folder / PACKED
+    return packed if packed.is_file() and not (folder / LOG).is_file() else folder / LOG
+
+
+def logs_in(folder: str | Path, below: str = "*") -> list[Path]:
+    """Logs of all runs in folders that match `below`, plain or packed."""
+    return sorted(p for name in (LOG, PACKED) for p in Path(folder).glob(f"{below}/{name}"))
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A log's text. BadLog where it cannot be unpacked; `errors` as in bytes.decode."""
+    if path.suffix != ".xz":
+        return path.read_text(encoding="utf-8", errors=errors)
+    try:
+        with lzma.open(path) as f:
+            data = f.read(MOST_BYTES + 1)
+    except (lzma.LZMAError, EOFError) as e:
+        raise BadLog(f"{path}: cannot be unpacked ({e})") from None
+    if len(data) > MOST_BYTES:
+        raise BadLog(f"{path}: has more than {MOST_BYTES:,} bytes unpacked")
+    return data.decode("utf-8", errors)
+
+
+def pack(folder: str | Path) -> int:
+    """Packs every run.jsonl below a folder (xz, a fifth of the size); returns how many. The lines
+    and their hashes stay what they are, so everything reads them as before."""
+    found = sorted(Path(folder).rglob(LOG))
+    for path in found:
+        data, to = path.read_bytes(), path.with_name(PACKED)
+        half = to.with_suffix(".half")
+        half.write_bytes(lzma.compress(data, preset=9))
+        os.replace(half, to)
+        path.unlink()
+    return len(found)
+
+
 def read_lines(path: Path) -> tuple[list[dict], str]:
-    """(the objects of a run.jsonl, its last hash); BadLog where the hash chain is broken."""
+    """(the objects of a log, its last hash); BadLog where the hash chain is broken."""
     rows, h = [], ""
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         try:
             row = json.loads(text)
             said = row.pop("h")
@@ -84,9 +127,9 @@ def read_lines(path: Path) -> tuple[list[dict], str]:
 
 
 def load_run(path: str | Path) -> Run:
-    """A run from its folder or its run.jsonl."""
+    """A run from its folder or its log."""
     path = Path(path)
-    path = path / "run.jsonl" if path.is_dir() else path
+    path = log_of(path) if path.is_dir() else path
     rows, h = read_lines(path)
     of = {k: tuple(r for r in rows if r["t"] == k) for k in ("step", "val", "event", "end")}
     end = of["end"][-1] if of["end"] else None
@@ -95,7 +138,7 @@ def load_run(path: str | Path) -> Run:
 
 def load_runs(folder: str | Path) -> list[Run]:
     """Every run one level below a folder, by run id. Raises BadLog for a broken one."""
-    return [load_run(p) for p in sorted(Path(folder).glob("*/run.jsonl"))]
+    return [load_run(p) for p in logs_in(folder)]
 
 
 def schedule_key(run: Run) -> str:

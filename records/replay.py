@@ -75,7 +75,7 @@ def find_run(record: Path, run_id: str) -> logs.Run:
     """The run of that id, or the record's first one."""
     runs = logs.load_runs(record)
     if not runs:
-        raise CannotReplay(f"{record} holds no run: */run.jsonl")
+        raise CannotReplay(f"{record} holds no run: */run.jsonl, plain or packed")
     if not run_id:
         return runs[0]
     for run in runs:

@@ -16,7 +16,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from records.logs import Run, load_run, load_runs
+from records.logs import Run, load_run, load_runs, logs_in
 from records.summary import ms_by_stage
 
 RANGES = ((0, 1), (1, 5), (5, 25), (25, 50), (50, 75), (75, 100))  # in percent of the steps
@@ -71,7 +71,7 @@ def report(folder: Path) -> str:
     runs = [r for r in load_runs(folder) if r.done]
     if not any(r.header["world"] == 1 for r in runs):
         raise ValueError(f"{folder} has no finished run on one GPU to compare with")
-    resumed = [load_run(p) for p in sorted(folder.glob("resumed/*/run.jsonl"))]
+    resumed = [load_run(p) for p in logs_in(folder, "resumed/*")]
     came_from = {r.run_id: r for r in runs}
     text = [*speed(runs), "", "Root mean square of the differences of the losses, by step:", ""]
     text += agreement(list(itertools.combinations(runs, 2)))

@@ -132,7 +132,7 @@ def load(folder: Path, tracks: dict) -> tuple[Filed, list[Finding]]:
         text = f"has track {claim['track']!r}, and lies in the folder of {folder.parent.name!r}"
         raise Unreadable(Finding(folder / "claim.json", text))
     runs, found = [], []
-    for path in sorted(folder.glob("*/run.jsonl")):
+    for path in logs.logs_in(folder):
         try:
             runs.append(logs.load_run(path))
         except (BadLog, UnicodeDecodeError) as e:
@@ -402,7 +402,7 @@ def check_block(runs: list[Run], want: set[tuple]) -> Iterator[str]:
 def check_aside(filed: Filed) -> Iterator[Finding]:
     """compare sets aside blocks that were cut; a whole one there was dropped."""
     found: dict[tuple, set] = {}
-    for path in sorted(filed.path.glob("aside/*/run.jsonl")):
+    for path in logs.logs_in(filed.path, "aside/*"):
         try:
             run = logs.load_run(path)
         except (BadLog, UnicodeDecodeError):

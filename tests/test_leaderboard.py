@@ -7,6 +7,7 @@ that only what --check derives again can catch them.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import shutil
@@ -325,6 +326,27 @@ def test_damaged_files(root, folder):
     (folder / RUN / "run.jsonl").write_bytes(b"\xff\xfe")
     (folder / "claim.json").unlink()
     only(found(root), "claim.json: is missing", "plan.json: lacks")
+
+
+def test_packed_logs_are_read_like_plain_ones(root, folder, capsys):
+    made = (root / "records" / "README.md").read_text(), (folder / "summary.json").read_text()
+    size = (folder / RUN / "run.jsonl").stat().st_size
+    assert leaderboard.main(["--pack", str(root / "records" / TRACK)]) == 0
+    assert "packed 18 logs" in capsys.readouterr().out
+    assert not list(root.rglob("run.jsonl"))
+    packed = folder / RUN / "run.jsonl.xz"
+    assert packed.stat().st_size < size / 2
+    assert found(root) == []
+    assert made == (
+        (root / "records" / "README.md").read_text(),
+        (folder / "summary.json").read_text(),
+    )
+    text = lzma.decompress(packed.read_bytes())
+    packed.write_bytes(lzma.compress(text.replace(b'"val_loss_ext": 3.4', b'"val_loss_ext": 3.3')))
+    assert any(f"{RUN}/run.jsonl.xz: 160: the hash chain" in f for f in found(root))
+    packed.write_bytes(lzma.compress(text)[:-40])
+    assert any(f"{RUN}/run.jsonl.xz: cannot be unpacked" in f for f in found(root))
+    assert leaderboard.main(["--pack", str(root / "nowhere")]) == 2
 
 
 # ---- Forged folders -----------------------------------------------------------------------------
