@@ -11,7 +11,7 @@ that two arms differ in nothing else. What has been measured stands in README.md
     python train_gpt.py --help                                   # every knob, with its unit
 
 Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run log,
-9 Checkpoint, 10 Train. Nothing runs at import; every piece can be used alone.
+9 Checkpoint, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+try:  # for section 11 alone
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
 
 SCHEMA = 1  # of run.jsonl and meta.json
 HERE = Path(__file__).resolve().parent
@@ -204,6 +211,8 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
+    mlp_kernel: bool = knob(False, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
+    loss_kernel: bool = knob(False, "fused loss of the FP8 head (records 60, 67), likewise")
     deterministic: bool = knob(False, "same bits in every run on one GPU; cost not yet measured")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
     final_val: bool = knob(True, "evaluate val once, at the end")
@@ -758,8 +767,11 @@ class Head:
     the gradient cost 3 ms a piece (LAB_LOG 2026-11-24).
     """
 
-    def __init__(self, weight: nn.Parameter, cap: Cap, dtype, fp8: bool, compiled: bool):
+    def __init__(
+        self, weight: nn.Parameter, cap: Cap, dtype, fp8: bool, compiled: bool, fused: bool = False
+    ):
         self.weight, self.cap, self.dtype, self.fp8 = weight, cap, dtype, fp8
+        self.fused = fused  # FP8: losses and gradient by the kernels of section 11
         # A flatter cap asks for larger logits: record 58 has room for weights up to 1.6.
         self.w8_scale = 2 * W8_SCALE if cap == SHIFTED_CAP else W8_SCALE
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
@@ -794,9 +806,13 @@ class Head:
         gs = scale * G8_SCALE
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
-        losses, g8 = self._grad(z, targets, self.cap, weights)
+        if self.fused and len(z) % 2 == 0:
+            losses, g8, g8t = loss_and_grad(z, targets, weights, *cap_constants(self.cap))
+        else:
+            losses, g8 = self._grad(z, targets, self.cap, weights)
+            g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
-        g8t, x8t = self._transposed(g8), self._transposed_x(x8)
+        x8t = self._transposed_x(x8)
         self.weight.grad.add_(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
         return losses, dh
 
@@ -1322,7 +1338,9 @@ class Bigram(nn.Module):
 
 
 class MLP(nn.Module):
-    """relu(x W1)^2 W2."""
+    """relu(x W1)^2 W2; `fused` is set by who has seen that the kernel works here."""
+
+    fused = False
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -1331,6 +1349,9 @@ class MLP(nn.Module):
         self.down = Linear(cfg.d_model, width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            up, down = self.up.weight.to(x.dtype), self.down.weight.to(x.dtype)
+            return fused_mlp(x.flatten(0, -2), up, down)[0].view(x.shape)
         return self.down(F.relu(self.up(x)).square())
 
 
@@ -2460,7 +2481,15 @@ class Trainer:
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
         self.fp8 = cfg.run.fp8 and self.dtype == torch.bfloat16 and fp8_works(world.device)
         compiled = cfg.run.compile
-        self.head = Head(self.model.head, self.model.softcap, self.dtype, self.fp8, compiled)
+        bf16, cap = self.dtype == torch.bfloat16, self.model.softcap
+        mlp = cfg.run.mlp_kernel and bf16 and mlp_kernel_works(world.device)
+        for module in self.model.modules():
+            if isinstance(module, MLP):
+                module.fused = mlp
+        asked = cfg.run.loss_kernel and self.fp8 and bool(cap)
+        loss = asked and loss_kernel_works(world.device)
+        self.kernels = {"mlp_kernel": mlp, "loss_kernel": loss}
+        self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss)
         self.forward = self.model
         if compiled:
             configure_compiler()
@@ -2880,6 +2909,9 @@ class Run:
         )
         if cfg.run.fp8 and not header["fp8"] and self.world.cuda:
             self.log.event("fallback", "no FP8 here: the head runs in the activations' dtype")
+        for name, used in self.trainer.kernels.items():
+            if getattr(cfg.run, name) and not used:
+                self.log.event("fallback", f"{name}: not here, plain PyTorch instead")
 
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
@@ -3216,6 +3248,332 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     if trainer is not None and code != EXIT_CODES["peer lost"]:  # else it would wait for the peer
         trainer.world.close()
     return code
+
+
+# ---- 11. Kernels --------------------------------------------------------------------------------
+# Off by default. What each replaces, and is tested against, stands in sections 3 and 5.
+
+jit = triton.jit if triton else lambda function: function
+
+
+def hopper(device: torch.device) -> bool:
+    """Whether Triton is there and the GPU has the units that the kernels are cut for."""
+    gpu = triton is not None and device.type == "cuda"
+    return gpu and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: rows, columns and depth of a tile, pieces in which it leaves; warps,
+    loads in flight, and programs on a multiprocessor."""
+
+    m: int
+    n: int
+    k: int
+    parts: int  # 2 or 4
+    warps: int
+    stages: int
+    programs: int
+
+
+UP_TILE = Tile(128, 256, 64, parts=2, warps=8, stages=4, programs=1)
+BACK_TILE = Tile(128, 128, 64, parts=4, warps=4, stages=3, programs=2)
+
+
+@jit
+def halves(t):
+    """[R, C] -> left and right [R, C / 2]; a whole tile on its way out would take much memory."""
+    return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
+
+
+@jit
+def relu2_part(t, post, out, m, n, BACK: tl.constexpr):
+    if BACK:
+        t = t * (2 * tl.sqrt(post.load([m, n]).to(tl.float32)))
+    else:
+        t = tl.maximum(t, 0.0)
+        t = t * t
+    out.store([m, n], t.to(out.dtype))
+
+
+@jit
+def relu2_tiles(
+    a,
+    b,
+    post,
+    out,
+    M,
+    N,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """out [M, N] = relu(a [M, K] b [N, K]^T)^2; with BACK (a [M, K] b [K, N]) x 2 sqrt(post).
+
+    A program computes every so many tiles, columns first, so that all of b stays in the L2 cache;
+    flattened, the loop loads the next tile while this one leaves.
+    """
+    columns = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * columns
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = tile // columns * BM, tile % columns * BN
+        total = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            if BACK:
+                total = tl.dot(a.load([m, k]), b.load([k, n]), total)
+            else:
+                total = tl.dot(a.load([m, k]), b.load([n, k]).T, total)
+        left, right = halves(total)
+        if PARTS == 2:
+            relu2_part(left, post, out, m, n, BACK)
+            relu2_part(right, post, out, m, n + BN // 2, BACK)
+        else:
+            first, second = halves(left)
+            third, fourth = halves(right)
+            relu2_part(first, post, out, m, n, BACK)
+            relu2_part(second, post, out, m, n + BN // 4, BACK)
+            relu2_part(third, post, out, m, n + BN // 2, BACK)
+            relu2_part(fourth, post, out, m, n + 3 * BN // 4, BACK)
+
+
+def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tensor:
+    """`relu2_tiles` on contiguous matrices; K and N by 8, as the TMA unit wants rows by 16 B."""
+    back = post is not None
+    (m, k), n = a.shape, b.size(1 if back else 0)
+    assert a.is_contiguous() and b.is_contiguous(), (a.stride(), b.stride())
+    assert b.size(0 if back else 1) == k and k % 8 == n % 8 == 0, (a.shape, b.shape)
+    out = a.new_empty(m, n)
+    described, part = TensorDescriptor.from_tensor, [tile.m, tile.n // tile.parts]
+    programs = 1
+    if a.is_cuda:
+        card = torch.cuda.get_device_properties(a.device)
+        programs = tile.programs * card.multi_processor_count
+    relu2_tiles[(min(programs, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)),)](
+        described(a, [tile.m, tile.k]),
+        described(b, [tile.k, tile.n] if back else [tile.n, tile.k]),
+        described(post, part) if back else None,
+        described(out, part),
+        *(m, n, k, tile.m, tile.n, tile.k, tile.parts, back),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+@torch.library.custom_op("nca::mlp", mutates_args=())
+def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, d], up [width, d], down [d, width] -> (relu(x up^T)^2 down^T, relu(x up^T)^2).
+
+    `MLP` without its rounding before relu. The way back needs the second output alone: its root
+    is relu(x up^T), and half as far off as that rounded to bfloat16 (records 59, 87).
+    """
+    post = relu2_product(x, up, None, UP_TILE)
+    return post @ down.t(), post
+
+
+@torch.library.custom_op("nca::mlp_back", mutates_args=())
+def mlp_back(grad: Tensor, down: Tensor, post: Tensor) -> Tensor:
+    """The gradient of x up^T [M, width] from that of the MLP's output [M, d]."""
+    return relu2_product(grad, down, post, BACK_TILE)
+
+
+@fused_mlp.register_fake
+def _(x, up, down):
+    return x.new_empty(x.size(0), down.size(0)), x.new_empty(x.size(0), up.size(0))
+
+
+@mlp_back.register_fake
+def _(grad, down, post):
+    return torch.empty_like(post)
+
+
+def mlp_keep(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def mlp_gradients(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
+    x, up, down, post = ctx.saved_tensors
+    grad = grad.contiguous()
+    before = mlp_back(grad, down, post)
+    return before @ up, before.t() @ x, grad.t() @ post
+
+
+fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
+
+
+@functools.cache
+def mlp_kernel_works(device: torch.device) -> bool:
+    """Whether this GPU runs the fused MLP, and rightly: tried, not looked up."""
+    if not hopper(device):
+        return False
+    gen = torch.Generator(device).manual_seed(0)
+    shapes = (300, 128), (520, 128), (128, 520), (300, 128)
+    x, up, down, grad = (
+        torch.randn(shape, generator=gen, device=device, dtype=torch.bfloat16) for shape in shapes
+    )
+    try:
+        post = fused_mlp(x, up, down)[1]
+        got = post, mlp_back(grad, down, post)
+    except Exception as e:  # Triton has errors of many kinds
+        print(f"train_gpt.py: no fused MLP: {e}", file=sys.stderr)
+        return False
+    before = F.relu(x.double() @ up.double().t())
+    want = before.square(), grad.double() @ down.double() * 2 * before
+    return all(bool((g - w).norm() < 0.01 * w.norm()) for g, w in zip(got, want, strict=True))
+
+
+ROW_BLOCK = 2048, 4  # logits at a time, warps
+GRAD_TILE = 128, 64, 8  # rows, columns, warps
+
+
+@jit
+def sigmoid_of(z, shift, width):
+    """sigmoid((z + shift) / width) by a power of two; 0 at -inf."""
+    return 1 / (1 + tl.exp2((z + shift) * (-1.4426950408889634 / width)))
+
+
+@jit
+def loss_rows(
+    z, targets, losses, totals, V, top, shift, width, AHEAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * V
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(z + columns, columns < V, float("-inf")).to(tl.float32)
+        below = (sigmoid_of(x, shift, width) - 1) * (top * 1.4426950408889634)
+        sums += tl.where(columns < V, tl.exp2(below), 0.0)
+    total = top + tl.log(tl.sum(sums))
+    target = tl.load(targets + row * AHEAD)
+    hit = top * sigmoid_of(tl.load(z + tl.maximum(target, 0)).to(tl.float32), shift, width)
+    tl.store(totals + row, total)
+    tl.store(losses + row, tl.where(target >= 0, total - hit, 0.0))
+
+
+@jit
+def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.constexpr):
+    """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32."""
+    top, shift, width, scale = cap
+    inside = (rows < N)[:, None] & (columns < V)[None, :]
+    at = rows.to(tl.int64)[:, None] * V + columns[None, :]
+    s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
+    total = tl.load(totals + rows, rows < N, 0.0)
+    p = tl.exp2((s * top - total[:, None]) * 1.4426950408889634)
+    share = tl.zeros_like(total)
+    hits = tl.zeros_like(p)
+    for i in tl.static_range(AHEAD):
+        target = tl.load(targets + rows * AHEAD + i, rows < N, -1)
+        weight = tl.where(target >= 0, tl.load(weights + i), 0.0)
+        share += weight
+        hits += tl.where(columns[None, :] == target[:, None], weight[:, None], 0.0)
+    return (p * share[:, None] - hits) * (s * (1 - s) * (top / width * scale))
+
+
+@jit
+def pair_of(low, high):
+    """Two fp32 numbers in e5m2, to nearest, saturating, as the halves of an int16. The machine's
+    own instruction, as Triton would compute all before it twice to have its result in two layouts.
+    """
+    return tl.inline_asm_elementwise(
+        "cvt.rn.satfinite.e5m2x2.f32 $0, $2, $1;",
+        "=h,f,f",
+        [low, high],
+        dtype=tl.int16,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
+def grad_tiles(
+    z,
+    targets,
+    weights,
+    totals,
+    grad,
+    turned,
+    PAIRS,
+    V,
+    top,
+    shift,
+    width,
+    scale,
+    AHEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of z [2 PAIRS, V] a program -> grad, the same in bytes, and turned [V, PAIRS]. A pair
+    of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not."""
+    pairs = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    N = 2 * PAIRS
+    cap = (top, shift, width, scale)
+    low = grad_of(z, targets, weights, totals, 2 * pairs, columns, N, V, cap, AHEAD)
+    high = grad_of(z, targets, weights, totals, 2 * pairs + 1, columns, N, V, cap, AHEAD)
+    pair = pair_of(low, high)
+    inside = (pairs < PAIRS)[:, None] & (columns < V)[None, :]
+    at = pairs.to(tl.int64)[:, None] * (2 * V) + columns[None, :]
+    tl.store(grad + at, pair.to(tl.int8), inside)
+    tl.store(grad + at + V, (pair >> 8).to(tl.int8), inside)
+    there = columns.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
+    tl.store(turned + there, pair.T, inside.T)
+
+
+@torch.library.custom_op("nca::loss_and_grad", mutates_args=())
+def loss_and_grad(
+    z: Tensor, targets: Tensor, weights: Tensor | None, top: float, shift: float, width: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z [N, V], N even -> (losses [N], grad [N, V], grad^T [V, N]), gradients / G8_SCALE in e5m2:
+    what `grad_in_fp8` and `transposed` give, in one pass for the sums and one for the gradient.
+
+    targets [N] int64, or [N, K] with weights [K] fp32; top, shift, width: `cap_constants`.
+    """
+    assert z.is_contiguous() and targets.is_contiguous(), (z.stride(), targets.stride())
+    (n, v), ahead = z.shape, 1 if weights is None else weights.numel()
+    assert n % 2 == 0, n
+    weights = z.new_ones(1, dtype=torch.float32) if weights is None else weights
+    losses, totals = (z.new_empty(n, dtype=torch.float32) for _ in range(2))
+    grad, turned = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
+    cap = (top, shift, width)
+    block, warps = ROW_BLOCK
+    loss_rows[(n,)](z, targets, losses, totals, v, *cap, ahead, block, num_warps=warps)
+    rows, columns, warps = GRAD_TILE
+    grid = triton.cdiv(v, columns), triton.cdiv(n, rows)
+    outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
+    tile = (ahead, rows, columns)
+    grad_tiles[grid](z, targets, weights, totals, *outs, *tile, num_warps=warps)
+    return losses, grad, turned
+
+
+@loss_and_grad.register_fake
+def _(z, targets, weights, top, shift, width):
+    n, v = z.shape
+    grads = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
+    return z.new_empty(n, dtype=torch.float32), *grads
+
+
+@functools.cache
+def loss_kernel_works(device: torch.device) -> bool:
+    """Whether this GPU runs the kernels of the loss, and rightly: tried, not looked up."""
+    if not hopper(device):
+        return False
+    gen = torch.Generator(device).manual_seed(0)
+    z = 8 * torch.randn(256, 512, generator=gen, device=device, dtype=torch.bfloat16)
+    targets = torch.randint(-1, 512, (256,), generator=gen, device=device)
+    try:
+        losses, grad, turned = loss_and_grad(z, targets, None, *cap_constants(30.0))
+    except Exception as e:  # Triton has errors of many kinds
+        print(f"train_gpt.py: no kernels for the loss: {e}", file=sys.stderr)
+        return False
+    want, exact = losses_and_grad(z, targets, 30.0)
+    close = (grad.float() * G8_SCALE - exact).norm() < 0.1 * exact.norm()
+    return bool(close & ((losses - want).abs().max() < 1e-3) & (grad.t().float() == turned).all())
 
 
 if __name__ == "__main__":

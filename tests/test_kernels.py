@@ -1,0 +1,304 @@
+"""The kernels of section 11 against plain PyTorch: on a CPU in Triton's interpreter, which must be
+asked for before Triton is imported and so has a process of its own; on a Hopper GPU with
+`python -m pytest -m gpu tests/test_kernels.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import helpers as H
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+T = H.T
+tl = getattr(T, "tl", None)
+CUDA = torch.device("cuda")
+CAPS = (30.0, T.SHIFTED_CAP)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+
+
+def rand(*shape: int, seed: int = 0, std: float = 1.0, dtype=torch.float32, device="cpu") -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    return (std * torch.randn(*shape, generator=gen)).to(device, dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||; NaN where either has one, which fails every bound."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def mlp_case(rows: int, width: int, d: int, **kind) -> tuple[list[Tensor], Tensor]:
+    """([x, up, down], gradient of the output)."""
+    inputs = [rand(rows, d, seed=1), rand(width, d, seed=2), rand(d, width, seed=3)]
+    inputs[1] *= d**-0.5
+    inputs[2] *= width**-0.5
+    return [t.to(**kind).requires_grad_() for t in inputs], rand(rows, d, seed=4).to(**kind)
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.relu(x @ up.t()).square() @ down.t()
+
+
+def with_gradients(call, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    y = call(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def loss_case(rows: int, vocab: int, ahead: int, dtype=torch.bfloat16, device="cpu"):
+    """(logits, targets with some masked, weights or None)."""
+    z = rand(rows, vocab, seed=5, std=8.0, dtype=dtype, device=device)
+    gen = torch.Generator().manual_seed(6)
+    targets = torch.randint(vocab, (rows, ahead), generator=gen)
+    targets[torch.rand(rows, ahead, generator=gen) < 0.1] = -1
+    targets[0], targets[1, 0], targets[2] = -1, 0, vocab - 1
+    targets = targets.to(device)
+    if ahead == 1:
+        return z, targets[:, 0].contiguous(), None
+    return z, targets, torch.tensor([1.0, 0.5, 0.25], device=device)[:ahead]
+
+
+# ---- in the interpreter -------------------------------------------------------------------------
+
+
+def test_in_the_interpreter():
+    """Runs every test below that is marked `interpreted`."""
+    if T.triton is None:
+        pytest.skip("Triton is not installed: pip install triton")
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    argv = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted", "-rs"]
+    done = subprocess.run(
+        [sys.executable, *argv], env=env, cwd=H.ROOT, capture_output=True, text=True, timeout=600
+    )
+    print(done.stdout[-4000:], done.stderr[-2000:])
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:]
+
+
+@interpreted
+@pytest.mark.parametrize("rows, width", [(1, 8), (300, 264)])
+def test_interpreted_mlp(rows, width):
+    """Output and all three gradients; rows and columns that fill no tile."""
+    inputs, grad = mlp_case(rows, width, 72)
+    got = with_gradients(lambda *t: T.fused_mlp(*t)[0], inputs, grad)
+    for g, w in zip(got, with_gradients(plain_mlp, inputs, grad), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [2, 4])
+def test_interpreted_mlp_by_other_tiles(monkeypatch, parts):
+    tile = T.Tile(32, 64, 16, parts=parts, warps=4, stages=2, programs=1)
+    monkeypatch.setattr(T, "UP_TILE", tile)
+    monkeypatch.setattr(T, "BACK_TILE", tile)
+    test_interpreted_mlp(100, 136)
+
+
+@interpreted
+def test_interpreted_mlp_in_the_model():
+    """`MLP` with the kernel is `MLP` without, its weights' gradients included; in a whole graph."""
+    cfg = T.make_config("demo", vocab=257).model
+    mlp, x = T.MLP(cfg, 0), rand(2, 12, cfg.d_model)
+    H.randomise(mlp)
+    want = with_gradients(lambda *_: mlp(x), list(mlp.parameters()), torch.ones_like(x))
+    mlp.fused = True
+    whole = torch.compile(mlp, fullgraph=True, dynamic=False, backend="aot_eager")
+    for call in (mlp, whole):
+        got = with_gradients(
+            lambda *_, call=call: call(x), list(mlp.parameters()), torch.ones_like(x)
+        )
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_interpreted_ops_are_registered(cast_by_bits):
+    """torch's own checks: schema, shapes without data, gradient, all of it in a compiled graph."""
+    inputs, grad = mlp_case(24, 40, 16)
+    opcheck(T.fused_mlp, inputs)
+    opcheck(T.mlp_back, (grad, inputs[2].detach(), rand(24, 40).square()))
+    z, targets, weights = loss_case(6, 48, 3)
+    opcheck(T.loss_and_grad, (z, targets, weights, *T.cap_constants(30.0)))
+
+
+@T.jit
+def bits_of(x):
+    """fp32 -> the bits of e5m2, to nearest, by way of fp16, whose first half it is."""
+    bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+    return (bits + 127 + ((bits >> 8) & 1)) >> 8
+
+
+@T.jit
+def pair_by_bits(low, high):
+    """`pair_of` without the instruction, which the interpreter does not know. (Its own cast to e5m2
+    loses the carry where a mantissa rounds up to 2.)"""
+    return (bits_of(low) | (bits_of(high) << 8)).to(tl.int16)
+
+
+@pytest.fixture
+def cast_by_bits(monkeypatch):
+    monkeypatch.setattr(T, "pair_of", pair_by_bits)
+
+
+@interpreted
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("rows, vocab, ahead", [(6, 48, 1), (134, 2096, 3)])
+def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, ahead):
+    """Rows and columns that fill no tile, masked targets, the first and the last column hit."""
+    z, targets, weights = loss_case(rows, vocab, ahead)
+    losses, grad, turned = T.loss_and_grad(z, targets, weights, *T.cap_constants(cap))
+    want, exact = T.losses_and_grad(z, targets, cap, weights)
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
+    rounded = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
+    torch.testing.assert_close(grad.float(), rounded, rtol=0.26, atol=2e-5)  # one step of e5m2
+    off = (grad.float() != rounded).float().mean()
+    assert off < 1e-2, "rounding twice, to fp16 first, should decide one in 400"
+
+
+# ---- where the kernels do not run ---------------------------------------------------------------
+
+
+def test_off_by_default():
+    run = T.make_config().run
+    assert not run.mlp_kernel and not run.loss_kernel
+
+
+def test_asked_for_on_a_cpu_is_said_and_changes_nothing(text_data, tmp_path):
+    asked = {"mlp_kernel": True, "loss_kernel": True}
+    for run_id, changes in (("plain", {}), ("asked", asked)):
+        T.train(H.tiny(text_data, tmp_path, tokens=256 * 2, run_id=run_id, **changes))
+    assert H.losses(tmp_path / "plain") == H.losses(tmp_path / "asked")
+    assert not H.read_log(tmp_path / "plain", "event")
+    said = [e["text"] for e in H.read_log(tmp_path / "asked", "event")]
+    assert len(said) == 2 and all("not here" in text for text in said), said
+
+
+def test_without_triton(monkeypatch):
+    """`pip install torch` on a CPU brings no Triton: the file must still import and run."""
+    monkeypatch.setattr(T, "triton", None)
+    assert not T.hopper(torch.device("cpu")) and not T.hopper(CUDA)
+    code = "import sys; sys.modules['triton'] = None; import train_gpt as T; print(T.triton)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=H.ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "None", done.stderr[-2000:]
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+here = pytest.mark.skipif(
+    not torch.cuda.is_available() or not T.hopper(CUDA), reason="no GPU here that runs the kernels"
+)
+
+
+@gpu
+@here
+def test_gpu_says_that_they_work():
+    assert T.mlp_kernel_works(CUDA) and T.loss_kernel_works(CUDA)
+
+
+@gpu
+@here
+@pytest.mark.parametrize("rows, width", [(4096, 3072), (1000, 3456), (640, 3648)])
+def test_gpu_mlp(rows, width):
+    """Against fp64; no further off than today's products in bfloat16 are."""
+    inputs, grad = mlp_case(rows, width, 768, device=CUDA, dtype=torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = with_gradients(plain_mlp, exact, grad.double())
+    plain = with_gradients(plain_mlp, inputs, grad)
+    fused = with_gradients(lambda *t: T.fused_mlp(*t)[0], inputs, grad)
+    far = [(error(f, w), error(p, w)) for f, p, w in zip(fused, plain, want, strict=True)]
+    print([f"{f:.1e} {p:.1e}" for f, p in far])
+    assert all(f < 1e-2 and f < 1.1 * p + 1e-4 for f, p in far), far
+
+
+@gpu
+@here
+def test_gpu_mlp_gives_the_same_bits_again():
+    """Loads and stores run beside the products: a race would show sooner or later."""
+    inputs, grad = mlp_case(16_384, 3072, 768, device=CUDA, dtype=torch.bfloat16)
+    x, up, down = (t.detach() for t in inputs)
+    post = T.fused_mlp(x, up, down)[1]
+    before = T.mlp_back(grad, down, post)
+    for _ in range(300):
+        assert torch.equal(T.relu2_product(x, up, None, T.UP_TILE), post)
+        assert torch.equal(T.mlp_back(grad, down, post), before)
+
+
+@gpu
+@here
+def test_gpu_mlp_compiled():
+    """The trainer's way: a whole graph from Inductor, weights in fp32, two shapes of input."""
+    torch._dynamo.reset()
+    mlp = T.MLP(T.make_config(vocab=50_304).model, 0).to(CUDA)
+    H.randomise(mlp)
+    run = torch.compile(mlp, fullgraph=True, dynamic=False)
+    for rows in (2, 3):
+        x = rand(rows, 1024, 768, seed=rows, dtype=torch.bfloat16, device=CUDA).requires_grad_()
+        grad, inputs = torch.randn_like(x), [x, *mlp.parameters()]
+        mlp.fused = False
+        want = with_gradients(lambda *_, x=x: mlp(x), inputs, grad)
+        mlp.fused = True
+        got = with_gradients(lambda *_, x=x: run(x), inputs, grad)
+        assert all(error(g, w) < 1e-2 for g, w in zip(got, want, strict=True))
+
+
+@gpu
+@here
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize(
+    "rows, vocab, ahead", [(16_384, 50_304, 1), (1026, 50_304, 3), (130, 272, 2)]
+)
+def test_gpu_loss_and_gradient(cap, rows, vocab, ahead):
+    z, targets, weights = loss_case(rows, vocab, ahead, device=CUDA)
+    losses, grad, turned = T.loss_and_grad(z, targets, weights, *T.cap_constants(cap))
+    assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
+    some = slice(None, 1026)
+    want, exact = T.losses_and_grad(z[some], targets[some], cap, weights)
+    torch.testing.assert_close(losses[some], want, rtol=1e-4, atol=1e-4)
+    plain = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
+    assert (grad[some].float() != plain).float().mean() < 1e-3, "beyond what rounding decides"
+    assert error(grad[some].float() * T.G8_SCALE, exact) < 0.1
+    masked = (targets if ahead == 1 else targets.amax(1)) < 0
+    assert (losses[masked] == 0).all() and (grad[masked].float() == 0).all()
+
+
+@gpu
+@here
+def test_gpu_loss_keeps_nan():
+    """What is not finite must reach the loss and the gradient, or no one would notice."""
+    z, targets, _ = loss_case(256, 1024, 1, device=CUDA)
+    z[7, 11] = float("nan")
+    targets[7] = 3
+    losses, grad, turned = T.loss_and_grad(z, targets, None, *T.cap_constants(30.0))
+    assert (
+        losses[7].isnan() and grad[7].float().isnan().all() and turned[:, 7].float().isnan().all()
+    )
+    assert losses.isfinite().sum() == 255 and grad.float().isfinite().sum() == 255 * 1024
+
+
+@gpu
+@here
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_gpu_head(ahead):
+    """Pieces of the head with the kernels and without: losses, dh, dw."""
+    h = T.norm(rand(20_480, 768, dtype=torch.bfloat16, device=CUDA))
+    weight = rand(50_304, 768, seed=1, std=0.05, device=CUDA)
+    _, targets, weights = loss_case(20_480, 50_304, ahead, device=CUDA)
+    scale, results = torch.full((), 3.0, device=CUDA), []
+    for fused in (False, True):
+        head = T.Head(torch.nn.Parameter(weight), 30.0, torch.bfloat16, True, False, fused)
+        head.weight.grad = torch.zeros_like(weight)
+        head.prepare()
+        results.append((*head.backward(h, targets, scale, weights), head.weight.grad))
+    far = [error(f, p) for p, f in zip(*results, strict=True)]
+    print(far)
+    assert far[0] < 1e-5 and max(far) < 5e-3
