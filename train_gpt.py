@@ -1072,6 +1072,7 @@ def _(docs, limits):
     return docs.new_empty((docs.numel() + 1,))
 
 
+FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
 FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
 
 
@@ -1095,7 +1096,7 @@ def fa4_kernels() -> tuple[Callable, Callable]:
 def fa4_arguments(bounds: Tensor, limits: Tensor, which: int, cap: int) -> dict:
     """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
     left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
-    documents = 1 << max(7, (int(limits[2]) - 1).bit_length())
+    documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
     cut = bounds[: documents + 1]
     left = min(int(limits[which]), cap) - 1
     spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
@@ -3217,7 +3218,7 @@ class Run:
     def restore(self, path: Path, state: dict, meta: dict) -> None:
         """Weights, optimizer and random numbers of a checkpoint of the same run."""
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "fp8"}
+        free -= {"seed", "dtype", "fp8", "attention"}
         mine, saved = self.cfg.flat(), meta["config"]
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:

@@ -239,8 +239,9 @@ def small_gpt(arm: str, **changes) -> T.GPT:
 
 def gradients(run, model: T.GPT, tokens: Tensor, docs: Tensor, window: Tensor) -> list[Tensor]:
     h = run(tokens, docs, window)
+    dh = torch.randn(h.shape, generator=torch.Generator().manual_seed(7)).to(h)
     params = [p for n, p in model.named_parameters() if n != "head"]
-    return [h.detach(), *torch.autograd.grad(h.square().sum(), params)]
+    return [h.detach(), *torch.autograd.grad(h, params, dh)]
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -299,6 +300,18 @@ def test_trainer(plain, monkeypatch, text_data, tmp_path):
         found[name] = [line[k] for line in log for k in keys if k in line]
     assert len(found["fa4"]) > 8
     assert found["fa4"] == pytest.approx(found["flex"], abs=2e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plain kernels are for the CPU")
+def test_a_run_goes_on_with_the_attention_that_it_began_with(
+    plain, monkeypatch, text_data, tmp_path
+):
+    monkeypatch.setattr(T.Trainer, "try_fa4", lambda self: None)
+    cfg = tiny_fa4(text_data, tmp_path, run_id="it", save_every=2, final_val=False)
+    T.train(cfg)
+    again = cfg.with_(resume=str(tmp_path / "it"), attention="flex")
+    with pytest.raises(T.InputError, match="attention 'fa4', now 'flex'"):
+        T.train(again)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plain kernels are for the CPU")
@@ -521,9 +534,11 @@ class TestCard:
             model.fa4, model.flex = False, False
             window = torch.tensor([long, short], dtype=torch.int32, device="cuda")
             want = gradients(model, model, tokens, docs, window)
-            errors = [off(a, b) for a, b in zip(got, want, strict=True) if b.norm() > 0]
-            print(f"largest {max(errors):.1e}")
-            assert max(errors) < 0.06  # both in bfloat16; some gradients are a few numbers
+            pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.norm() > 0]
+            for least, bound in ((256, 0.06), (1, 0.3)):  # errors of few numbers do not average out
+                errors = [off(a, b) for a, b in pairs if b.numel() >= least]
+                print(f"{least} numbers and more: largest {max(errors):.1e}")
+                assert max(errors) < bound
 
 
 def card_gpt(arm: str) -> T.GPT:
