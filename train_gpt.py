@@ -24,6 +24,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -213,6 +214,10 @@ class RunConfig:
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(False, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     loss_kernel: bool = knob(False, "fused loss of the FP8 head (records 60, 67), likewise")
+    attention: str = knob(
+        "flex",
+        "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
+    )
     deterministic: bool = knob(False, "same bits in every run on one GPU; cost not yet measured")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
     final_val: bool = knob(True, "evaluate val once, at the end")
@@ -404,6 +409,14 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
+    need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
+    if r.attention == "fa4":
+        need(
+            name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
+        )
+        need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
+        need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
+        need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
     plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
     need(bool(plain), f"--run_id {r.run_id!r}: plain names")
     return bad
@@ -926,7 +939,7 @@ def before(x: Tensor) -> Tensor:
 class Context:
     """What the model tells an arm about the rows at hand."""
 
-    mask: BlockMask | Tensor  # block mask, or bool [B, 1 or Hq, T, T]
+    mask: BlockMask | Documents | Tensor  # a tensor is bool [B, 1 or Hq, T, T]
     rope: dict[int, Tensor]  # head dimension -> [2, T, D / 2]; empty: no rotation
     scale: Callable[[int], float]  # factor on q.k for a head dimension
     starts: Tensor | None = None  # as `starts_of` has them, where keys are offset
@@ -953,8 +966,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
 
     Query head n reads key and value head n // (Hq / Hkv).
     """
+    scale, gqa = ctx.scale(q.size(-1)), q.size(2) != k.size(2)
+    if isinstance(ctx.mask, Documents):
+        return attend_documents(q, k, v, ctx.mask, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scale, gqa = ctx.scale(q.size(-1)), q.size(1) != k.size(1)
     if isinstance(ctx.mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=ctx.mask, scale=scale, enable_gqa=gqa)
     else:
@@ -1037,6 +1052,182 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=visible,
     )
+
+
+@dataclass
+class Documents:
+    """The mask as FlashAttention-4 takes it: rows laid end to end, N = B T tokens, and cut into
+    documents. Its kernels want the window as a number on the host; `limits` is a tensor there, so
+    that a new value needs no new graph, and nothing waits for the device to tell it."""
+
+    bounds: Tensor  # int32 [N + 1], on the device, as `document_bounds` makes it
+    limits: Tensor  # int32 [3], on the CPU: windows long and short, documents at most
+    which: int  # of the windows
+    caps: tuple[int, ...] = (NO_LIMIT,)  # on that of heads n, n + len(caps), n + 2 len(caps), ...
+
+
+@torch.library.custom_op("nca::document_bounds", mutates_args=())
+def document_bounds(docs: Tensor, limits: Tensor) -> Tensor:
+    """docs [B, T] -> int32 [N + 1]: where each row's documents start, then N to the end. A shape
+    that holds as many documents as there are tokens: how many there are is no matter of a graph.
+
+    limits: as in `Documents`; the device stops the process where the third is too small.
+    """
+    assert limits.device.type == "cpu" and limits.shape == (3,), "FlashAttention-4's limits"
+    first = starts_of(docs).flatten()
+    n = first.numel()
+    at = torch.arange(n, dtype=torch.int32, device=docs.device)
+    slot = torch.where(first, first.cumsum(0) - 1, n)
+    bounds = at.new_full((n + 1,), n).scatter_(0, slot, torch.where(first, at, n))
+    torch._assert_async(bounds[min(int(limits[2]), n)] == n, "more documents than limits say")
+    return bounds
+
+
+@document_bounds.register_fake
+def _(docs, limits):
+    return docs.new_empty((docs.numel() + 1,))
+
+
+FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
+FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
+
+
+@functools.cache
+def fa4_kernels() -> tuple[Callable, Callable]:
+    """FlashAttention-4's own forward and backward, which compile themselves for what they first
+    meet. Raises InputError where the package is missing, too old or broken."""
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+        if torch.torch_version.TorchVersion(version) < FA4_OLDEST:
+            raise ImportError(f"{version} is too old")
+        interface = importlib.import_module("flash_attn.cute.interface")
+        return interface._flash_attn_fwd, interface._flash_attn_bwd
+    except Exception as e:  # its own packages fail in their own ways
+        raise InputError(
+            f"--attention fa4 needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer "
+            f"({type(e).__name__}: {e}); --attention flex needs nothing"
+        ) from None
+
+
+def fa4_arguments(bounds: Tensor, limits: Tensor, which: int, cap: int) -> dict:
+    """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
+    left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
+    documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
+    cut = bounds[: documents + 1]
+    left = min(int(limits[which]), cap) - 1
+    spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
+    return {"cu_seqlens_q": cut, "cu_seqlens_k": cut, **spans}
+
+
+@torch.library.custom_op("nca::fa4", mutates_args=())
+def fa4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    limits: Tensor,
+    which: int,
+    cap: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [N, Hq, D], k and v [N, Hkv, D], bfloat16 -> (y [N, Hq, D], lse [Hq, N] fp32).
+
+    bounds, limits, which: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
+    dq, and dk and dv of grouped heads, in any order: equal runs differ in the last bits.
+    """
+    forward, _ = fa4_kernels()
+    q, k, v = (t.detach() for t in (q, k, v))
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.size(1), q.size(0)), dtype=torch.float32, device=q.device)
+    spans = fa4_arguments(bounds, limits, which, cap)
+    forward(q, k, v, out=y, lse=lse, softmax_scale=scale, **spans)
+    return y, lse
+
+
+@fa4.register_fake
+def _(q, k, v, bounds, limits, which, cap, scale):
+    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op("nca::fa4_backward", mutates_args=())
+def fa4_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    limits: Tensor,
+    which: int,
+    cap: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fa4` by q, k and v."""
+    _, backward = fa4_kernels()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    spans = fa4_arguments(bounds, limits, which, cap)
+    backward(q, k, v, y, dy, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **spans)
+    return dq, dk, dv
+
+
+@fa4_backward.register_fake
+def _(dy, q, k, v, y, lse, bounds, limits, which, cap, scale):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def fa4_save(ctx, inputs, output) -> None:
+    q, k, v, bounds, limits, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, limits)
+
+
+def fa4_gradients(ctx, dy: Tensor, _) -> tuple:
+    return *fa4_backward(dy, *ctx.saved_tensors, *ctx.rest), *[None] * 5
+
+
+fa4.register_autograd(fa4_gradients, setup_context=fa4_save)
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: float) -> Tensor:
+    """`attend` by FlashAttention-4: a call for each cap, on the heads that have it."""
+    flat_k, flat_v, n = k.flatten(0, 1), v.flatten(0, 1), len(mask.caps)
+    parts = []
+    for i, cap in enumerate(mask.caps):
+        part = q[:, :, i::n].flatten(0, 1)
+        spans = (mask.bounds, mask.limits, mask.which, cap)
+        parts.append(fa4(part, flat_k, flat_v, *spans, scale)[0])
+    y = parts[0] if n == 1 else torch.stack(parts, dim=2).flatten(1, 2)
+    return y.unflatten(0, q.shape[:2])
+
+
+FA4_ERROR = 0.01  # ||got - want|| / ||want||: rounding to bfloat16 is 0.002 to 0.003 on any path
+
+
+def check_fa4(heads_q: int, heads_kv: int, caps: tuple[int, ...], device: torch.device) -> None:
+    """Forward and backward on this card against a dense mask in fp32: two windows, one narrow
+    enough for a token too many to show, with few documents and with many, which are other kernels.
+    Raises InputError. Rare races it cannot see: tests/test_fa4.py repeats for that."""
+    length, gen = 1024, torch.Generator().manual_seed(0)
+    shapes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
+    *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in shapes)
+    for mean, window in ((150, 37), (600, 333), (3, 333)):
+        docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
+        limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
+        docs = docs.to(device)
+        spans = Documents(document_bounds(docs, limits), limits, 0, caps)
+        by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
+        results = []
+        for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
+            leaves = [t.to(dtype).requires_grad_() for t in qkv]
+            y = attend(*leaves, Context(mask, {}, lambda dim: 15.36 / dim))
+            grads = torch.autograd.grad(y, leaves, dy.to(dtype))
+            results.append([t.detach().float() for t in (y, *grads)])
+        off = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+        if not all(e < FA4_ERROR for e in off):  # a NaN is refused too
+            raise InputError(
+                f"--attention fa4 computes wrongly on this card ({heads_q} heads on {heads_kv}, "
+                f"window {window}: y, dq, dk, dv are off by {off}): use --attention flex"
+            )
 
 
 class Arm(nn.Module):
@@ -1372,7 +1563,10 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
-    for the head. window: long and short, tokens, int32 on the device."""
+    for the head. window: long and short, tokens, int32 on the device; with `fa4`, `Documents`'
+    limits."""
+
+    fa4 = False  # FlashAttention-4 instead of FlexAttention; the Trainer asks for it
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1418,6 +1612,8 @@ class GPT(nn.Module):
         """A context for each block; blocks with the same windows share a mask."""
         flex = docs.is_cuda if self.flex is None else self.flex
         make = block_mask if flex and docs.size(1) % BLOCK == 0 else dense_mask
+        fa4 = self.fa4 and self.flex is None
+        bounds = document_bounds(docs, window) if fa4 else None
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
         starts = starts_of(docs) if self.cfg.key_offset else None
         masks, out = {}, []
@@ -1427,8 +1623,11 @@ class GPT(nn.Module):
                 continue
             caps = getattr(block.attn.arm, "head_windows", None)
             key = (i in self.cfg.long_layers, caps)
-            if key not in masks:
-                w = window[0 if key[0] else 1].view(1)
+            which = 0 if key[0] else 1
+            if key not in masks and fa4:  # caps come in pairs: one of each map
+                masks[key] = Documents(bounds, window, which, (caps or (NO_LIMIT,))[:2])
+            elif key not in masks:
+                w = window[which].view(1)
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
                 masks[key] = make(docs, w)
@@ -2346,6 +2545,11 @@ def windows(long: int, device: torch.device) -> Tensor:
     return on_device(both, device)
 
 
+def count_documents(docs: Tensor) -> Tensor:
+    """docs [B, T], never falling along a row -> int32 [1]: documents in all rows, at most."""
+    return (docs[:, -1] - docs[:, 0] + 1).sum(dtype=torch.int32)[None]
+
+
 def on_device(t: Tensor, device: torch.device) -> Tensor:
     """A copy from pageable memory would make the host wait for all that the device has to do."""
     if torch.device(device).type == "cpu":
@@ -2479,6 +2683,11 @@ class Trainer:
             self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
+        # FlashAttention-4's backward adds in any order; FlexAttention's does not.
+        self.fa4 = cfg.run.attention == "fa4" and not cfg.run.deterministic
+        if self.fa4:
+            self.try_fa4()
+            self.model.fa4 = True
         self.fp8 = cfg.run.fp8 and self.dtype == torch.bfloat16 and fp8_works(world.device)
         compiled = cfg.run.compile
         bf16, cap = self.dtype == torch.bfloat16, self.model.softcap
@@ -2494,6 +2703,26 @@ class Trainer:
         if compiled:
             configure_compiler()
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
+
+    def try_fa4(self) -> None:
+        """Every shape that the arms have, once; raises InputError where this machine cannot."""
+        world = self.world
+        if not world.cuda or torch.cuda.get_device_capability(world.device)[0] != 9:
+            raise InputError(
+                "--attention fa4 is for Hopper GPUs (H100, H200): use --attention flex"
+            )
+        fa4_kernels()
+        self.announce("FlashAttention-4's kernels")
+        arms = [block.attn.arm for block in self.model.blocks if block.attn is not None]
+        shapes = {(a.heads_q, a.heads_kv, (a.head_windows or (NO_LIMIT,))[:2]) for a in arms}
+        for shape in sorted(shapes):
+            check_fa4(*shape, world.device)
+
+    def window_of(self, long: int, docs: Tensor) -> Tensor:
+        """The model's `window` for a call on rows `docs`, which are still on the CPU."""
+        if not self.fa4:
+            return windows(long, self.world.device)
+        return torch.cat([windows(long, torch.device("cpu")), count_documents(docs)])
 
     def reset(
         self, seed: int, data_seed: int = 0, *, tokens: int | None = None, run_id: str = ""
@@ -2572,12 +2801,13 @@ class Trainer:
             batch.targets = batch.targets.masked_fill(~mask(batch), -1)
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
-        window, scale = windows(step.window, device), LOSS_SCALE / counted
+        scale = LOSS_SCALE / counted
         total, weights = torch.zeros((), device=device), None
         if step.ahead:
             weights = on_device(torch.tensor(step.ahead), device)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
+            window = self.window_of(step.window, part.docs)
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
             flat, targets = h.detach().flatten(0, 1), part.targets
@@ -2635,7 +2865,7 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     d, world, corpus = trainer.cfg.data, trainer.world, trainer.corpus
     total = min(d.val_tokens if split == "val" else d.dev_tokens, corpus.tokens(split) - 1)
     stream = TokenStream(corpus.splits[split], corpus.eot)
-    window, edges = windows(long_window, world.device), torch.tensor(EDGES, device=world.device)
+    edges = torch.tensor(EDGES, device=world.device)
     kinds, rows = len(EDGES) + 1, d.val_call_tokens // d.val_row_tokens
     sums = torch.zeros(3, 2 * kinds, dtype=torch.float64, device=world.device)
     bytes_of = corpus.bytes_of if corpus.bytes_of is not None else np.zeros(padded(corpus.vocab))
@@ -2644,7 +2874,9 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     # In warm-up every rank evaluates: one without a call of dev may have one of val.
     for call in range(calls) if calls else range(world.rank, number, world.size):
         start = call * d.val_call_tokens
-        batch = make_batch(stream, start, rows, d.val_row_tokens, total).to(world.device)
+        batch = make_batch(stream, start, rows, d.val_row_tokens, total)
+        window = trainer.window_of(long_window, batch.docs)
+        batch = batch.to(world.device)
         h = trainer.forward(batch.tokens, batch.docs, window)
         targets = batch.targets.flatten()
         losses = trainer.head.losses(h.flatten(0, 1), targets).double()
@@ -2912,6 +3144,8 @@ class Run:
         for name, used in self.trainer.kernels.items():
             if getattr(cfg.run, name) and not used:
                 self.log.event("fallback", f"{name}: not here, plain PyTorch instead")
+        if cfg.run.attention == "fa4" and not header["fa4"]:
+            self.log.event("fallback", "--deterministic: attention runs on FlexAttention")
 
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
@@ -2938,6 +3172,7 @@ class Run:
             "peak_flops": self.peak,
             "world": self.world.size,
             "fp8": trainer.fp8,
+            "fa4": trainer.fa4,
             "dtype": str(trainer.dtype).removeprefix("torch."),
             "compile_s": round(trainer.compile_s, 2),
             "steps": len(self.steps),
@@ -3015,7 +3250,7 @@ class Run:
     def restore(self, path: Path, state: dict, meta: dict) -> None:
         """Weights, optimizer and random numbers of a checkpoint of the same run."""
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "fp8"}
+        free -= {"seed", "dtype", "fp8", "attention"}
         mine, saved = self.cfg.flat(), meta["config"]
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:

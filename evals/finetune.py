@@ -127,6 +127,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"micro_batch_tokens": CALL_TOKENS[args.device], "val_row_tokens": row},
         **{"val_call_tokens": row * max(1, CALL_TOKENS[args.device] // row)},
         **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
+        "attention": "flex",
         **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
         **{"save_every": 0, "save_final": False, "keep": 1, "resume": "", "require_gpu": False},
     }

@@ -37,7 +37,7 @@ import gpu_report
 import train_gpt as T
 
 NOTES = (
-    "Timed: from q, k and v (one row of T tokens, as the projections give them) to the mixed "
+    "Timed: from q, k and v (rows of T tokens, as the projections give them) to the mixed "
     "output, flat, and back to the gradients of all inputs. In: V1's V repeated for both maps, "
     "lambda (V2: the sigmoid of its logits; V1: from its four vectors), the difference, V1's norm. "
     "Out: every projection, lambda's too; QK norm, RoPE, value embeddings, output gate, XSA; the "
@@ -53,6 +53,8 @@ NOTES = (
     "FlexAttention with nothing but the causal triangle, which all other rows see too. Between the "
     "two kinds compare TFLOP/s, not ms. `diff_v2,form=light+` has `light`'s operation. SDPA's "
     "flash back end wants one D for k and v, which diff_v1 has not.",
+    "`fa4` is T.attend under the trainer's --attention fa4: flash-attn-4's own call for documents, "
+    "a call for each map where window2 is set. Its cuts between documents are built before, too.",
     "GB (1e9 bytes): the most that torch had allocated in one forward + backward, inputs, mask and "
     "gradients included. error: the largest ||got - want|| / ||want|| of output, dq, dk and dv "
     "against a dense mask in fp32, at T <= 2,048. first call: seconds, compilation included.",
@@ -77,6 +79,10 @@ ARMS = (
 )
 
 
+WINDOW2 = "diff_v2,form=full,window2=128"
+FA4_ARMS = ("softmax", "diff_v2", "diff_v2,form=full", "diff_v2,form=light", WINDOW2)
+
+
 @dataclass(frozen=True)
 class Case:
     """An arm, as the trainer's command line has it, on one way to compute attention."""
@@ -94,7 +100,8 @@ class Case:
 LISTS = Case("block lists")
 DIFFLLAMA = {"DiffLlama sdpa": "sdpa", "DiffLlama eager": "eager"}
 CASES = (
-    *(Case("flex", arm) for arm in ARMS),
+    *(Case("flex", arm) for arm in (*ARMS, WINDOW2)),
+    *(Case("fa4", arm) for arm in FA4_ARMS),
     Case("flex causal", "softmax"),
     *(Case("SDPA flash", arm) for arm in ARMS),
     *(Case(path, "diff_v1", compiled) for path in DIFFLLAMA for compiled in (True, False)),
@@ -104,8 +111,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Given:
-    """Stands in for x: what an arm computes from x first is given. q, k, v [1, T, heads x D];
-    lam [1, T, pairs], V2's logits."""
+    """Stands in for x: what an arm computes from x first is given. q, k, v [B, T, heads x D];
+    lam [B, T, pairs], V2's logits."""
 
     q: Tensor
     k: Tensor
@@ -146,12 +153,12 @@ def heads_text(arm: T.Arm) -> str:
     return f"{arm.heads_q}q {arm.heads_kv}kv x {d}" + (f"/{dv}" if dv != d else "")
 
 
-def make_inputs(arm: T.Arm, length: int, device: str, dtype: torch.dtype) -> Given:
+def make_inputs(arm: T.Arm, length: int, device: str, dtype: torch.dtype, rows: int = 1) -> Given:
     """Leaves; the heads of q and k have unit RMS, as QK norm makes them."""
     gen, (d, dv) = torch.Generator().manual_seed(0), head_dims(arm)
 
     def rand(heads: int, dim: int, unit: bool = False) -> Tensor:
-        x = torch.randn(1, length, heads, dim, generator=gen)
+        x = torch.randn(rows, length, heads, dim, generator=gen)
         x = (T.norm(x) if unit else x).flatten(2)
         return x.to(device, dtype).requires_grad_()
 
@@ -159,27 +166,39 @@ def make_inputs(arm: T.Arm, length: int, device: str, dtype: torch.dtype) -> Giv
     return Given(q, k, rand(arm.kv_width // dv, dv), rand(arm.heads, 1))
 
 
-def documents(length: int, mean: float) -> Tensor:
-    """docs [1, T] int32: documents of geometric length, so that edges fall anywhere in a block."""
-    first = np.random.default_rng(0).random(length) < 1 / mean
-    return torch.from_numpy(np.cumsum(first, dtype=np.int32))[None]
+def documents(length: int, mean: float, rows: int = 1) -> Tensor:
+    """docs [B, T] int32: documents of geometric length, so that edges fall anywhere in a block."""
+    first = np.random.default_rng(0).random((rows, length)) < 1 / mean
+    return torch.from_numpy(np.cumsum(first, axis=1, dtype=np.int32))
 
 
 def bounds(case: Case, length: int, settings: dict) -> tuple[Tensor, Tensor]:
-    """(docs [1, T], window [1]), int32 on the device: what a query may see in this case."""
-    if case.path in ("flex", "block lists"):
-        docs, window = documents(length, settings["doc_mean"]), settings["window"]
+    """(docs [B, T], window [1], or [heads] where they differ), int32 on the device: what a query
+    may see in this case."""
+    rows, caps = settings.get("rows", 1), None
+    if case.path in ("flex", "fa4", "block lists"):
+        docs, window = documents(length, settings["doc_mean"], rows), settings["window"]
+        caps = build_arm(case.arm).head_windows if case.arm else None
     else:
-        docs, window = torch.zeros(1, length, dtype=torch.int32), length
+        docs, window = torch.zeros(rows, length, dtype=torch.int32), length
     device = settings["device"]
-    return docs.to(device), torch.tensor([window], dtype=torch.int32, device=device)
+    by_head = torch.tensor(caps or [T.NO_LIMIT], dtype=torch.int32).clamp(max=window)
+    return docs.to(device), by_head.to(device)
 
 
 def mean_keys(docs: Tensor, window: Tensor) -> float:
-    """Keys that a query sees, itself among them, mean over the row."""
+    """Keys that a query sees, itself among them, mean over rows and heads."""
     at = torch.arange(docs.size(1), device=docs.device)
-    first = torch.searchsorted(docs[0], docs[0])  # where each token's document starts
-    return float(torch.minimum(at - first + 1, window).double().mean())
+    first = torch.searchsorted(docs, docs)  # where each token's document starts
+    return float(torch.minimum(at - first + 1, window[:, None, None]).double().mean())
+
+
+def cuts(docs: Tensor, window: Tensor) -> T.Documents:
+    """What FlashAttention-4 is told of the same documents and window."""
+    largest = window.max().cpu().view(1)
+    limits = torch.cat([largest, largest, T.count_documents(docs.cpu())])
+    caps = tuple(window.tolist()[:2]) if window.numel() > 1 else (T.NO_LIMIT,)
+    return T.Documents(T.document_bounds(docs, limits), limits, 0, caps)
 
 
 # ---- ways to compute attention ------------------------------------------------------------------
@@ -233,7 +252,7 @@ def additive_mask(length: int, like: Tensor) -> Tensor:
 def operation(
     case: Case, arm: T.Arm, x: Given, docs: Tensor, window: Tensor, flex: bool
 ) -> tuple[Callable, list[nn.Parameter]]:
-    """(what is timed: Given -> [1, T, n_out]; the parameters in it). Run it in `replaced(case)`.
+    """(what is timed: Given -> [B, T, n_out]; the parameters in it). Run it in `replaced(case)`.
     Without `flex`, FlexAttention's masks are dense ones."""
     if case.path in DIFFLLAMA:
         kind = DIFFLLAMA[case.path]
@@ -244,6 +263,8 @@ def operation(
         mask = None
     elif not flex:
         mask = T.dense_mask(docs, window)
+    elif case.path == "fa4":
+        mask = cuts(docs, window)
     elif case.path == "flex causal":
         mask = create_block_mask(causal, None, None, *docs.shape[1:] * 2, device=docs.device)
     else:
@@ -381,8 +402,9 @@ def measure(case: Case, length: int, settings: dict) -> dict:
     if reason := too_large(case, length, arm, cuda):
         return row | {"reason": reason}
     arm = arm.to(settings["device"])
-    x = make_inputs(arm, length, settings["device"], getattr(torch, settings["dtype"]))
-    dy = torch.randn(1, length, arm.n_out, generator=torch.Generator().manual_seed(1)).to(x.q)
+    rows = settings.get("rows", 1)
+    x = make_inputs(arm, length, settings["device"], getattr(torch, settings["dtype"]), rows)
+    dy = torch.randn(rows, length, arm.n_out, generator=torch.Generator().manual_seed(1)).to(x.q)
     docs, window = bounds(case, length, settings)
     row["mean_keys"] = mean_keys(docs, window)
     with replaced(case):
@@ -401,7 +423,7 @@ def measure(case: Case, length: int, settings: dict) -> dict:
     del got
     with replaced(case):
         row |= figures(functools.partial(call, x), both, settings["repeats"], cuda)
-    flops = 3 * length * arm.flops_per_token(row["mean_keys"])
+    flops = 3 * rows * length * arm.flops_per_token(row["mean_keys"])
     return row | {"tflops": flops / row["ms"] / 1e9}
 
 
@@ -502,7 +524,7 @@ def markdown(report: dict) -> str:
         f"{m['card'] or 'CPU, dense masks, nothing compiled'}, driver {m['driver']}, torch "
         f"{m['torch']}, Triton {m['triton']}, transformers {m['transformers']}; {s['dtype']}; "
         f"{s['repeats']} repeats; {report['date']}. Documents of {s['doc_mean']:g} tokens in the "
-        f"mean (geometric), window {s['window']:,}.",
+        f"mean (geometric), window {s['window']:,}; {s.get('rows', 1)} row(s) of T tokens.",
         "",
     ]
     for length in dict.fromkeys(row["length"] for row in report["rows"]):
@@ -535,6 +557,7 @@ def transformers_version() -> str | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 49152], help="tokens")
+    p.add_argument("--rows", type=int, default=1, help="rows of so many tokens each")
     p.add_argument("--window", type=int, default=1024, help="tokens")
     p.add_argument("--doc-mean", type=float, default=600, help="mean length of documents, tokens")
     p.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name has this")
@@ -552,8 +575,8 @@ def chosen_cases(args) -> list[Case]:
     bad = [n for n in args.lengths if n <= 0 or n % T.BLOCK]
     if bad:
         raise T.InputError(f"--lengths {bad[0]}: give multiples of {T.BLOCK}")
-    if min(args.window, args.repeats) < 1 or args.doc_mean < 1:
-        raise T.InputError("--window, --repeats and --doc-mean must be at least 1")
+    if min(args.rows, args.window, args.repeats) < 1 or args.doc_mean < 1:
+        raise T.InputError("--rows, --window, --repeats and --doc-mean must be at least 1")
     if not torch.cuda.is_available() and max(args.lengths) > CPU_LENGTH:
         raise T.InputError(
             f"no NVIDIA GPU here, so every mask is T x T: give --lengths of at most {CPU_LENGTH}"
@@ -576,7 +599,9 @@ def bench(args, cases: list[Case]) -> dict:
     """Every case at every length -> the report; a line for each row as it goes."""
     cuda = torch.cuda.is_available()
     settings = {"device": "cuda" if cuda else "cpu", "dtype": "bfloat16" if cuda else "float32"}
-    settings |= {k: getattr(args, k) for k in ("lengths", "window", "doc_mean", "repeats", "cases")}
+    settings |= {
+        k: getattr(args, k) for k in ("lengths", "rows", "window", "doc_mean", "repeats", "cases")
+    }
     report = {
         "machine": gpu_report.machine() | {"transformers": transformers_version()},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -15,10 +15,12 @@ import torch
 
 T = B.T
 LENGTH = 256
-SETTINGS = {"device": "cpu", "dtype": "float32", "doc_mean": 40, "window": 70, "repeats": 1}
+SETTINGS = {"device": "cpu", "dtype": "float32", "doc_mean": 150, "window": 160, "repeats": 1}
 NO_KERNEL = B.Case("SDPA flash", "diff_v1")
 ATTENTION = [case for case in B.CASES if case not in (B.LISTS, NO_KERNEL)]
 FLEX = [case for case in B.CASES if case.path in ("flex", "flex causal")]
+
+LIKE = B.Case("fa4", "diff_v2,form=full")
 
 # query heads, KV heads, heads of v, D of q and k, D of v
 HEADS = {
@@ -27,6 +29,7 @@ HEADS = {
     "diff_v2": (12, 3, 3, 128, 128),
     "diff_v2,form=full": (12, 6, 6, 128, 128),
     "diff_v2,form=light": (6, 3, 3, 128, 128),
+    B.WINDOW2: (12, 6, 6, 128, 128),
     "diff_v1": (12, 12, 6, 64, 128),
 }
 names = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
@@ -42,14 +45,16 @@ def clean_compiler():
 # ---- the maths, by hand -------------------------------------------------------------------------
 
 
-def visible(case: B.Case) -> torch.Tensor:
-    """[T, T] bool: not the future and, where the case has them, same document and in window."""
+def visible(case: B.Case, head: int = 0) -> torch.Tensor:
+    """[T, T] bool: not the future and, where the case has them, same document and in window, which
+    is the second map's own in WINDOW2."""
     at = torch.arange(LENGTH)
     back = at[:, None] - at
-    if case.path != "flex":
+    if case.path not in ("flex", "fa4"):
         return back >= 0
+    window = 128 if case.arm == B.WINDOW2 and head % 2 else SETTINGS["window"]
     docs = B.documents(LENGTH, SETTINGS["doc_mean"])[0]
-    return (back >= 0) & (back < SETTINGS["window"]) & (docs[:, None] == docs)
+    return (back >= 0) & (back < window) & (docs[:, None] == docs)
 
 
 def by_hand(case: B.Case, arm: T.Arm, x: B.Given) -> torch.Tensor:
@@ -59,11 +64,11 @@ def by_hand(case: B.Case, arm: T.Arm, x: B.Given) -> torch.Tensor:
         hv, dv = hq, d
     q, k = (t[0].unflatten(-1, (h, d)).double() for t, h in ((x.q, hq), (x.k, hkv)))
     v = x.v[0].unflatten(-1, (hv, dv)).double()
-    sees, half = visible(case), hq // 2
+    sees, half = [visible(case, i) for i in range(2)], hq // 2
 
     def attention_map(i: int) -> torch.Tensor:
         score = (q[:, i] @ k[:, i * hkv // hq].T) * 15.36 / d
-        return torch.softmax(score.masked_fill(~sees, -torch.inf), -1)
+        return torch.softmax(score.masked_fill(~sees[i % 2], -torch.inf), -1)
 
     if case.arm.startswith("softmax"):
         return torch.cat([attention_map(i) @ v[:, i] for i in range(hq)], -1)[None]
@@ -163,6 +168,34 @@ def test_given_is_the_whole_arm(spec):
         assert torch.equal(arm(given, None, ctx)[0], want)
 
 
+def test_the_second_window_binds():
+    assert int(visible(B.Case("fa4", B.WINDOW2), 1).sum()) < int(visible(LIKE).sum())
+
+
+def test_rows():
+    """Rows of their own documents, as many figures; FLOPs of all of them."""
+    several = SETTINGS | {"rows": 3, "doc_mean": 20}
+    docs, window = B.bounds(B.Case("fa4", "softmax"), LENGTH, several)
+    assert docs.shape == (3, LENGTH) and len({tuple(row) for row in docs.tolist()}) == 3
+    position = torch.stack([(docs == docs[:, i : i + 1])[:, : i + 1].sum(1) for i in range(LENGTH)])
+    want = position.clamp(max=int(window)).double().mean()
+    assert B.mean_keys(docs, window) == pytest.approx(float(want))
+    row = B.measure(B.Case("fa4", "softmax"), LENGTH, several)
+    flops = 3 * 3 * LENGTH * 4 * row["mean_keys"] * 6 * 128
+    assert row["tflops"] * row["ms"] * 1e9 == pytest.approx(flops)
+
+
+def test_cuts():
+    """FlashAttention-4 is told the documents and windows that the other paths see."""
+    docs, window = B.bounds(B.Case("fa4", B.WINDOW2), LENGTH, SETTINGS | {"rows": 2})
+    mask = B.cuts(docs, window)
+    assert mask.caps == (160, 128) and mask.limits.tolist()[:2] == [160, 160]
+    starts = T.starts_of(docs).flatten().nonzero().flatten().tolist()
+    assert mask.bounds.tolist()[: len(starts) + 1] == [*starts, 2 * LENGTH]
+    docs, window = B.bounds(B.Case("fa4", "softmax"), LENGTH, SETTINGS)
+    assert B.cuts(docs, window).caps == (T.NO_LIMIT,)
+
+
 def test_light_plus_is_light():
     a, b = (B.build_arm(f"diff_v2,form={form}") for form in ("light", "light+"))
     assert B.heads_text(a) == B.heads_text(b) == "6q 3kv x 128"
@@ -177,7 +210,7 @@ def test_figures(spec):
     hq, hkv, hv, d, dv = HEADS[spec]
     case = B.Case("flex", spec)
     row = B.measure(case, LENGTH, SETTINGS)
-    pairs = int(visible(case).sum())
+    pairs = sum(int(visible(case, i).sum()) for i in range(2)) / 2
     assert row["heads"] == f"{hq}q {hkv}kv x {d}" + ("/128" if dv != d else "")
     assert row["mean_keys"] == pytest.approx(pairs / LENGTH)
     assert row["tflops"] * row["ms"] * 1e9 == pytest.approx(3 * 2 * pairs * hq * (d + dv))
@@ -282,6 +315,7 @@ def test_reason_of_a_compiler_error():
         (["--window", "0"], "at least 1"),
         (["--doc-mean", "0.5"], "at least 1"),
         (["--repeats", "0"], "at least 1"),
+        (["--rows", "0"], "at least 1"),
         (["--cases", "("], "no regular expression"),
         (["--cases", "nobody"], "flex causal: softmax"),
         (["--out", "there.json"], "there already"),
