@@ -38,6 +38,7 @@ IDEAS = {
     **{"smear": True, "key_offset": True, "value_gate": True, "shifted_cap": True},
     "attention_from": 1,
 }
+FAINT = {"score_scale": 0.1}  # or masked tokens would leave nothing to compare
 CASES = {
     **{arm: ("demo", {"arm": arm}) for arm in H.BUILT_IN},
     "window2": ("demo", {"arm": "diff_v2,form=full,window2=20"}),
@@ -51,12 +52,17 @@ CASES = {
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
     "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
     "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
+    "selective": ("demo", {"arm": "selective,selector=2", **FAINT}),
+    "selective own": ("demo", {"arm": "selective,selector=own", **FAINT, "key_offset": True}),
+    "selective v2": ("demo", {"arm": "diff_v2,selective=true,window2=20", **FAINT}),
+    "selective gpt2": ("gpt2", {"arm": "selective", "score_scale": 0.05}),
     "gpt2 v1": ("gpt2", {"arm": "diff_v1"}),
     "gpt2 v2": ("gpt2", {"arm": "diff_v2,form=light+", "gate": True}),
     "gpt2 windows": ("gpt2", {"arm": "softmax"}),  # they bind: no stock GPT-2
 }
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
-CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2")
+SELECTIVE = ("selective", "selective own", "selective v2")
+CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *SELECTIVE)
 
 
 # ---- models -------------------------------------------------------------------------------------
