@@ -1,4 +1,4 @@
-"""A GPT with softmax, differential or selective attention; needs torch and transformers, nothing else.
+"""A GPT with softmax, differential or selective attention; needs torch and transformers alone.
 
 Copied as it is into every folder that evals/export.py writes, and loaded from there by
 

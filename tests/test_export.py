@@ -164,7 +164,7 @@ def test_logits_are_the_trainers(name, pairs):
         assert gap(trained[:, EXTENDED:], far[:, EXTENDED:]) > 1e-4  # the windows do bind
 
 
-@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "gpt2 v1", "gpt2 v2"])
+@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "selective v2", "gpt2 v1", "gpt2 v2"])
 @torch.no_grad()
 def test_bf16(name, tmp_path):
     """bf16 weights and activations, as the trainer has on a GPU. Measured: 0, once GPT-2's tables,
@@ -271,6 +271,19 @@ def test_cache_is_no_cache(name, pairs):
     assert cache.get_seq_length() == LENGTH
 
 
+@pytest.mark.parametrize("name", SELECTIVE)
+@torch.no_grad()
+def test_a_cropped_cache_takes_back_what_was_taken(name, pairs):
+    """Other tokens were in the cache for a while, and took from the keys that are still there."""
+    model, tokens = pairs(name).theirs, some_tokens(2)
+    other = tokens[:, :150].clone()
+    other[:, 100:] = (other[:, 100:] + 1) % 256
+    cache = model(other).past_key_values
+    cache.crop(-50)
+    rest = model(tokens[:, 100:], past_key_values=cache).logits
+    assert gap(rest, model(tokens).logits[:, 100:]) < 2e-5
+
+
 @pytest.mark.parametrize("name", CACHED)
 @torch.no_grad()
 def test_padding_is_the_mask_alone(name, pairs):
@@ -334,10 +347,12 @@ def test_generate_greedy(name, pairs):
         assert ids[0].tolist() == got[i, start:].tolist()
 
 
+@pytest.mark.parametrize("name", ["window2", *SELECTIVE])
 @torch.no_grad()
-def test_generate_sampling_beams_and_lookup(pairs):
-    """What reorders, repeats and crops the cache does it to the documents, too."""
-    model, (tokens, mask) = pairs("window2").theirs, prompts()
+def test_generate_sampling_beams_and_lookup(name, pairs):
+    """What reorders, repeats and crops the cache does it to the documents, too, and to what was
+    taken from each key."""
+    model, (tokens, mask) = pairs(name).theirs, prompts()
 
     def generate(**how):
         torch.manual_seed(3)

@@ -4,12 +4,17 @@ Values, gradients, the piecewise gradient, documents, windows, FlexAttention for
 
 from __future__ import annotations
 
+import base64
+import re
 import shutil
 
 import helpers as H
+import numpy as np
 import pytest
 import test_attention as A
 import torch
+
+from evals import look
 
 T = H.T
 LENGTH = A.LENGTH
@@ -201,3 +206,117 @@ def test_both_gradients_beside_flex(arm, way, compiled, monkeypatch):
     for name, t in want.items():
         assert t.norm() > 1e-3
         assert float((got[name] - t).norm() / t.norm()) < 2e-5, name
+
+
+# ---- FlexAttention itself, forward --------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+@torch.no_grad()
+def test_flex_forward():
+    """Compiled, masks given: on the CPU Inductor takes only what comes into the graph as it is."""
+    docs, window = row_docs(256), torch.tensor([90], dtype=torch.int32)
+    gen = torch.Generator().manual_seed(0)
+    q = T.norm(torch.randn(2, 256, 4, 16, generator=gen))
+    k, v = (T.norm(torch.randn(2, 256, 2, 16, generator=gen)) for _ in range(2))
+
+    def context(make):
+        return T.Context(make(docs, window), {}, lambda d: 0.3, T.starts_of(docs), docs, window)
+
+    masks = T.selection(q[:, :, ::2], k, context(T.dense_mask))
+    torch._dynamo.reset()
+    run = torch.compile(T.attend, fullgraph=True, dynamic=False)
+    got = run(q, k, v, context(T.block_mask), masks)
+    want = T.attend(q, k, v, context(T.dense_mask), masks)
+    assert (want - T.attend(q, k, v, context(T.dense_mask))).abs().max() > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+# ---- settings, and what other rooms make of it --------------------------------------------------
+
+FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    "arm, changes, said",
+    [
+        ("selective", {"row_tokens": 16_384}, "row x row"),
+        ("selective", {"val_row_tokens": 262_144}, "row x row"),
+        ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
+        ("softmax,selective=true", {}, "has the arm selective"),
+        ("diff_v1,selective=true", {}, "has the arm selective"),
+        ("selective,selector=4", {}, "divisor of the 6 KV heads"),
+        ("diff_v2,selective=true,selector=2", {}, "divisor of the 3 KV heads"),
+        ("selective,selector=0", {}, "own, or a divisor"),
+        ("selective,selector=first", {}, "own, or a divisor"),
+        ("selective,selective_grad=atomic", {}, "flex or pieces"),
+    ],
+)
+def test_what_is_refused(arm, changes, said):
+    problems = T.check_config(T.make_config("plain", arm=arm, **{**FITS, **changes}))
+    assert len(problems) == 1
+    assert said in problems[0]
+    assert not re.search(r"--\w*_", problems[0])  # flags as the command line has them
+
+
+@pytest.mark.parametrize("preset", ["speedrun", "plain"])
+@pytest.mark.parametrize("arm", ["selective", "diff_v2,selective=true", "selective,selector=own"])
+def test_what_it_costs(arm, preset):
+    """No parameters of its own, unless the selector is one, and no FLOPs that nobody else has."""
+    name, _, keys = arm.partition(",")
+    plain = {"selective": "softmax"}.get(name, name)
+    sizes = []
+    for spec in (arm, plain):
+        cfg = T.make_config(preset, arm=spec, vocab=50_257, **FITS)
+        assert not T.check_config(cfg)
+        with torch.device("meta"):
+            model = T.GPT(cfg.model, 128)
+        sizes.append((T.count_parameters(model)["stored"], T.flops_per_token(model, 900.0, 500.0)))
+    more, flops = (a - b for a, b in zip(*sizes))
+    own = 11 * 2 * 128 * 768 if "own" in keys else 0  # block 7 has no attention
+    assert more == own
+    scores = 3 * 2 * 128 * (3 * 900 + 8 * 500)
+    assert flops == (6 * own + scores if own else 0)
+
+
+def test_only_the_arms_layers_select():
+    cfg = T.make_config("demo", arm="diff_v2,selective=true,layers=1", **A.SMALL)
+    arms = [block.attn.arm for block in T.GPT(cfg.model, 64).blocks]
+    assert [arm.selectors for arm in arms] == [0, 1, 0, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ["selective,selector=2", "diff_v2,selective=true,layers=1"])
+def test_look(arm):
+    """The maps are what the values are summed with, and the page has the share that was masked."""
+    docs = A.documents()[0]
+    cfg = T.make_config("demo", arm=arm, **{**A.SMALL, "long_layers": (1,), "value_tables": 0})
+    model = T.GPT(cfg.model, LENGTH)
+    H.randomise(model)
+    seen = {}
+    block = model.blocks[1]
+    block.attn.arm.register_forward_hook(lambda m, x, y: seen.update(y=y, ctx=x[2]))
+    tokens = torch.arange(LENGTH, dtype=torch.int32)
+    layers = look.attention_maps(model, tokens, docs, torch.tensor([9, 5], dtype=torch.int32))
+    layer, (y, v) = layers[1], seen["y"]
+    assert layer.arm == arm.partition(",")[0]
+    heads = v[0].transpose(0, 1).repeat_interleave(len(layer.first) // v.size(2), 0)
+    sums = (layer.used @ heads).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(sums, y[0], atol=2e-5, rtol=1e-4)
+    groups = 2 if "selector" in arm else 1
+    assert layer.masks.shape == (groups, LENGTH, LENGTH)
+    hidden = ~A.allowed(docs[None], 9)[0]
+    assert (layer.masks[:, hidden] == 0).all()
+    assert (layer.masks[:, :, T.starts_of(docs[None])[0]] == 0).all()
+    assert layer.masks.max() > 0.5
+    told = look.described(layer, docs)
+    assert told["masks"] == groups
+    mean = layer.masks[:, (docs[:, None] == docs).tril()].double().mean(1)
+    assert [head["masked"] for head in told["heads"]] == pytest.approx(
+        mean.repeat_interleave(len(told["heads"]) // groups).tolist()
+    )
+    values = np.frombuffer(base64.b64decode(look.packed([layer])), "<u2") / look.FULL
+    rows, columns = np.tril_indices(LENGTH)
+    want = layer.masks.numpy()[:, rows, columns].ravel()
+    assert np.abs(values[-len(want) :] - want).max() < 1e-5
+    assert (layers[0].masks is None) == ("layers" in arm)
