@@ -362,7 +362,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
     check_blocks(m, need)
-    check_selective(m, d, need)
+    check_selective(cfg, need)
     need(m.bigram or not m.bigram_dim, "--bigram_dim is of the table of --bigram rows")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
@@ -427,8 +427,9 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
 
 
-def check_selective(m: ModelConfig, d: DataConfig, need: Callable[[bool, str], None]) -> None:
+def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
     """What the selective arms ask for: rows that can be squared, groups of whole KV heads."""
+    m, d = cfg.model, cfg.data
     name, _ = parse_arm(m.arm)
     diff = name == "diff_v2" and m.form in V2_FORMS
     need(diff or not m.selective, "--selective is diff_v2's; softmax has the arm selective")
@@ -438,14 +439,17 @@ def check_selective(m: ModelConfig, d: DataConfig, need: Callable[[bool, str], N
     groups = int(m.selector) if re.fullmatch("[1-9][0-9]?", m.selector) else 0
     fits = m.selector == "own" or (groups > 0 and kv % groups == 0)
     need(fits, f"--selector {m.selector!r}: own, or a divisor of the {kv} KV heads")
-    ways = ("flex", "pieces")
-    need(m.selective_grad in ways, f"--selective_grad {m.selective_grad!r}: flex or pieces")
-    rows = max(d.row_tokens, d.val_row_tokens)
-    need(
-        rows <= SELECTIVE_ROW,
-        f"selective attention keeps row x row: --row_tokens and --val_row_tokens {SELECTIVE_ROW} "
-        "at most",
-    )
+    way = m.selective_grad
+    need(way in ("flex", "pieces"), f"--selective_grad {way!r}: flex or pieces")
+    exact = way != "flex" or not cfg.run.deterministic
+    need(exact, "--selective_grad flex adds in any order: --deterministic needs pieces")
+    for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
+        length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
+        if length > SELECTIVE_ROW:
+            need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
+        elif fits:  # FlexAttention counts a bias's elements in 32 bits (pytorch #146724)
+            masks = tokens * length * max(1, groups)
+            need(masks < 2**31, f"--{call} {tokens}: {masks} elements of masks, 2^31 are too many")
 
 
 def parse_args(argv: list[str]) -> Config:

@@ -616,6 +616,13 @@ def test_no_control_needed(arm):
     assert comparison.control_of(T.make_config("plain", arm=arm)) is None
 
 
+def test_selective_arms_are_accepted(text_data, capsys):
+    arms = ("softmax", "diff_v2", "selective", "diff_v2,selective=true")
+    c = comparison_of(text_data, *arms)
+    comparison.check_causality(c)
+    assert f"causal in everything: {', '.join(arms)}" in capsys.readouterr().out
+
+
 def test_controls_join_the_blocks(text_data, capsys):
     full, control = "diff_v2,form=full", "softmax,mlp=144"
     c = comparison_of(text_data, "softmax", full, "diff_v1")

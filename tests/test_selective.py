@@ -240,8 +240,10 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
 @pytest.mark.parametrize(
     "arm, changes, said",
     [
-        ("selective", {"row_tokens": 16_384}, "row x row"),
-        ("selective", {"val_row_tokens": 262_144}, "row x row"),
+        ("selective", {"row_tokens": 16_384}, "--row-tokens 16384: selective arms keep row x row"),
+        ("selective", {"val_row_tokens": 262_144}, "--val-row-tokens 262144: "),
+        ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 elements"),
+        ("selective", {"deterministic": True}, "--deterministic needs pieces"),
         ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
         ("softmax,selective=true", {}, "has the arm selective"),
         ("diff_v1,selective=true", {}, "has the arm selective"),
