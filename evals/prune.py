@@ -170,19 +170,20 @@ def line(p: Point) -> str:
 
 
 def draw(points: list[Point], length: int, out: Path) -> None:
-    """OUT.svg and OUT.png: the loss over the share of the cache, a line for each run and policy."""
+    """OUT.svg and OUT.png: the loss over the share of the cache, a line for each run and policy, in
+    the arm's colour."""
     from records import plots
 
     by_line: dict[tuple[str, str, str], list[Point]] = {}
     for p in points:
         by_line.setdefault((p.run, p.arm, p.policy), []).append(p)
-    styles = plots.styles_of(tuple(dict.fromkeys(f"{arm} {run}" for run, arm, _ in by_line)))
+    styles = plots.styles_of(tuple(dict.fromkeys(arm for _, arm, _ in by_line)))
     with plots.style(plots.LIGHT):
         figure, (axis,) = plots.new_figure()
         ends = []
-        for (run, arm, policy), own in by_line.items():
+        for (_, arm, policy), own in by_line.items():
             own = sorted(own, key=lambda p: -p.kept)
-            colour, marker = styles[f"{arm} {run}"]
+            colour, marker = styles[arm]
             dashes = "-" if policy == "masked" else ":"
             xs, ys = [p.kept for p in own], [p.loss for p in own]
             axis.plot(xs, ys, dashes, color=colour, marker=marker)
