@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 try:  # for section 11 alone
     import triton
@@ -85,7 +85,8 @@ class ModelConfig:
     """What is computed. Every field is also a key of an arm: `softmax,mlp=3456,mlp_layers=0+4`."""
 
     arm: str = knob(
-        "softmax", "attention: softmax | diff_v1 | diff_v2 | path.py:Class, then ,key=value"
+        "softmax",
+        "attention: softmax | diff_v1 | diff_v2 | selective | path.py:Class, then ,key=value",
     )
     form: str = knob("matched", "diff_v2: matched (4 d^2) | full (5 d^2) | light | light+")
     layers: tuple[int, ...] = knob((), "layers that have the arm, softmax elsewhere (empty: all)")
@@ -93,6 +94,15 @@ class ModelConfig:
     mlp_layers: tuple[int, ...] = knob((), "layers with that width (empty: those of the arm)")
     lambda_bias: float = knob(0.0, "diff_v2: lambda starts at sigmoid(this)")
     window2: int = knob(0, "diff_v2: window of the second map, tokens (0: the layer's own)")
+    selective: bool = knob(
+        False, "diff_v2: tokens mask earlier ones for later ones, as in the arm selective"
+    )
+    selector: str = knob(
+        "1", "selective: N groups of heads, each masked by its first, or own (one head more)"
+    )
+    selective_grad: str = knob(
+        "flex", "selective, gradient of masks on a GPU: flex (atomic adds) | pieces (PyTorch)"
+    )
     n_layer: int = knob(12, "number of blocks")
     d_model: int = knob(768, "width of the residual stream")
     n_head: int = knob(6, "heads of the softmax arm; the other arms derive theirs")
@@ -366,6 +376,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
     check_blocks(m, need)
+    check_selective(cfg, need)
     need(m.bigram or not m.bigram_dim, "--bigram_dim is of the table of --bigram rows")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
@@ -414,6 +425,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(
             name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
         )
+        need(not m.selective, "--attention fa4 has no --selective: use flex")
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
         need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
         need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
@@ -436,6 +448,31 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
+
+
+def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
+    """What the selective arms ask for: rows that can be squared, groups of whole KV heads."""
+    m, d = cfg.model, cfg.data
+    name, _ = parse_arm(m.arm)
+    diff = name == "diff_v2" and m.form in V2_FORMS
+    need(diff or not m.selective, "--selective is diff_v2's; softmax has the arm selective")
+    if name != "selective" and not (diff and m.selective):
+        return
+    kv = int(m.n_head * V2_FORMS[m.form][1]) if diff else m.n_head
+    groups = int(m.selector) if re.fullmatch("[1-9][0-9]?", m.selector) else 0
+    fits = m.selector == "own" or (groups > 0 and kv % groups == 0)
+    need(fits, f"--selector {m.selector!r}: own, or a divisor of the {kv} KV heads")
+    way = m.selective_grad
+    need(way in ("flex", "pieces"), f"--selective_grad {way!r}: flex or pieces")
+    exact = way != "flex" or not cfg.run.deterministic
+    need(exact, "--selective_grad flex adds in any order: --deterministic needs pieces")
+    for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
+        length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
+        if length > SELECTIVE_ROW:
+            need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
+        elif fits:  # FlexAttention counts a bias's elements in 32 bits (pytorch #146724)
+            masks = tokens * length * max(1, groups)
+            need(masks < 2**31, f"--{call} {tokens}: {masks} elements of masks, 2^31 are too many")
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -852,6 +889,7 @@ class Head:
 
 BLOCK = 128  # tokens in a FlexAttention block
 NO_LIMIT = 2**30  # a head window that never binds
+SELECTIVE_ROW = 4096  # longest row of the selective arms, which hold T x T in fp32 for each layer
 
 
 def parameter(shape: tuple[int, ...], init: tuple, group: str, muon_view=None) -> nn.Parameter:
@@ -942,7 +980,9 @@ class Context:
     mask: BlockMask | Documents | Tensor  # a tensor is bool [B, 1 or Hq, T, T]
     rope: dict[int, Tensor]  # head dimension -> [2, T, D / 2]; empty: no rotation
     scale: Callable[[int], float]  # factor on q.k for a head dimension
-    starts: Tensor | None = None  # as `starts_of` has them, where keys are offset
+    starts: Tensor | None = None  # as `starts_of` has them, where keys are offset or selected
+    docs: Tensor | None = None  # [B, T], and the window [1 or Hq]: what the mask is made of
+    window: Tensor | None = None
 
 
 def rotate(x: Tensor, ctx: Context) -> Tensor:
@@ -961,16 +1001,98 @@ def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
     return torch.where(still & ~starts[:, :, None, None], before(k), k)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+    """F of selective attention (2410.02703): q, k [B, T, G, D] -> [B, G, T, T] fp32, G selectors.
+
+    F[i, j] = sum of relu(score[n, j]) over the queries n with j < n < i: what query i's score of
+    token j loses. No token masks itself, and a document's first token is never masked. Documents
+    and windows need no rule: where i sees j, all queries between them do, and no other entry of F
+    is read.
+    """
+    at = torch.arange(q.size(1), device=q.device)
+    earlier = (at[:, None] - at > 1) & ~ctx.starts[:, None, None, :]
+    # Row i has the scores of query i - 1, so that a plain running sum leaves out query i itself.
+    scores = before(q).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    scores = torch.where(earlier, F.relu(scores), 0.0).float() * ctx.scale(q.size(-1))
+    return scores.cumsum(-2)
+
+
+SELECTIVE_PIECE = 512  # queries at a time
+
+
+class SelectionGrad(torch.autograd.Function):
+    """Hands y on as it is and gives F its gradient, in pieces of queries: no T x T for all heads at
+    once and no atomic adds, as where FlexAttention does it, but scores are computed once more."""
+
+    @staticmethod
+    def forward(ctx, y, masks, q, k, v, lse, docs, window, scale):
+        """y [B, Hq, T, Dv], masks [B, G, T, T] and q, k, v [B, H, T, D] as `attend_selected` has
+        them; lse [B, Hq, T] in nats."""
+        ctx.save_for_backward(y, masks, q, k, v, lse, docs, window)
+        ctx.scale = scale
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, masks, q, k, v, lse, docs, window = ctx.saved_tensors
+        shape, length = (masks.size(1), -1), y.size(2)  # heads by group
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+        own = (dy.float() * y.float()).sum(-1)
+        seen, pieces = dense_mask(docs, window), []
+        for start in range(0, length, SELECTIVE_PIECE):
+            end = min(start + SELECTIVE_PIECE, length)
+            i, j = slice(start, end), slice(end)
+            score = (q[:, :, i] @ k[:, :, j].mT).float() * ctx.scale - lse[:, :, i, None]
+            score = score.unflatten(1, shape) - masks[:, :, None, i, j]
+            weight = torch.where(seen[:, :, i, j], torch.exp(score.flatten(1, 2)), 0.0)
+            dweight = (dy[:, :, i] @ v[:, :, j].mT).float() - own[:, :, i, None]
+            piece = -(weight * dweight).unflatten(1, shape).sum(2)
+            pieces.append(F.pad(piece, (0, length - end)))
+        return dy, torch.cat(pieces, dim=2), *(None,) * 7
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, masks: Tensor, in_pieces: bool
+) -> Tensor:
+    """`attend`, on [B, H, T, D], with masks [B, G, T, T] taken from the scores of G groups of query
+    heads. in_pieces: their gradient by `SelectionGrad` where FlexAttention is used."""
+    scale, gqa = ctx.scale(q.size(-1)), q.size(1) != k.size(1)
+    group = q.size(1) // masks.size(1)
+    if not isinstance(ctx.mask, BlockMask):
+        each = masks if masks.size(1) == 1 else masks.repeat_interleave(group, dim=1)
+        bias = torch.where(ctx.mask, -each, -math.inf).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
+    taken = masks.detach() if in_pieces else masks
+
+    def less(score, b, h, i, j):
+        return score - taken[b, h // group, i, j]
+
+    flex = functools.partial(flex_attention, score_mod=less, block_mask=ctx.mask)
+    if not in_pieces:
+        return flex(q, k, v, scale=scale, enable_gqa=gqa)
+    y, aux = flex(q, k, v, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    return SelectionGrad.apply(y, masks, q, k, v, aux.lse, ctx.docs, ctx.window, scale)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ctx: Context,
+    masks: Tensor | None = None,
+    in_pieces: bool = False,
+) -> Tensor:
     """Softmax attention: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] -> [B, T, Hq, Dv].
 
-    Query head n reads key and value head n // (Hq / Hkv).
+    Query head n reads key and value head n // (Hq / Hkv). masks: see `attend_selected`.
     """
     scale, gqa = ctx.scale(q.size(-1)), q.size(2) != k.size(2)
     if isinstance(ctx.mask, Documents):
         return attend_documents(q, k, v, ctx.mask, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if isinstance(ctx.mask, BlockMask):
+    if masks is not None:
+        y = attend_selected(q, k, v, ctx, masks, in_pieces)
+    elif isinstance(ctx.mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=ctx.mask, scale=scale, enable_gqa=gqa)
     else:
         y = F.scaled_dot_product_attention(q, k, v, ctx.mask, scale=scale, enable_gqa=gqa)
@@ -1242,10 +1364,26 @@ class Arm(nn.Module):
 
     head_windows: tuple[int, ...] | None = None
 
-    def __init__(self, cfg: ModelConfig, layer: int, *, pairs: int, heads_q: int, heads_kv: int):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layer: int,
+        *,
+        pairs: int,
+        heads_q: int,
+        heads_kv: int,
+        selective: bool = False,
+    ):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.heads, self.heads_q, self.heads_kv = pairs, heads_q, heads_kv
+        self.own_selector = selective and cfg.selector == "own"
+        self.selectors = 0  # masks, each of a group of heads
+        if selective:
+            self.selectors = 1 if self.own_selector else int(cfg.selector)
+        if self.own_selector:
+            shape = (cfg.head_dim, cfg.d_model)
+            self.select_q, self.select_k = (Linear(*shape, bias=cfg.bias) for _ in range(2))
         self.ve_mix = None
         if has_values(cfg, layer):
             self.ve_mix = parameter((2,), ("constant", 0.5), "scalar")  # record 15
@@ -1265,13 +1403,29 @@ class Arm(nn.Module):
             k = offset_keys(k, ctx.starts)
         return rotate(q, ctx), rotate(k, ctx)
 
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """`attend`, selective where the arm is: x [B, T, d], q and k [B, T, H, D] in position."""
+        if not self.selectors:
+            return attend(q, k, v, ctx)
+        if self.own_selector:
+            own = project(x, [self.select_q, self.select_k])
+            chosen = self.position(*(t.unflatten(-1, (1, -1)) for t in own), ctx)
+        else:  # scores of the first head of each group: the kernel computes them once more
+            chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
+        masks = selection(*chosen, ctx)
+        return attend(q, k, v, ctx, masks, self.cfg.selective_grad == "pieces")
+
+    def selector_flops(self, mean_keys: float) -> float:
+        """A token's FLOPs, forward, of scores that no head uses otherwise."""
+        return 2 * mean_keys * self.cfg.head_dim * self.own_selector
+
 
 class Softmax(Arm):
     """The baseline: n_head heads of head_dim."""
 
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig, layer: int, selective: bool = False):
         h, d, dim = cfg.n_head, cfg.d_model, cfg.head_dim
-        super().__init__(cfg, layer, pairs=h, heads_q=h, heads_kv=h)
+        super().__init__(cfg, layer, pairs=h, heads_q=h, heads_kv=h, selective=selective)
         self.n_out = self.kv_width = h * dim
         self.q, self.k, self.v = (Linear(h * dim, d, bias=cfg.bias) for _ in range(3))
 
@@ -1279,11 +1433,19 @@ class Softmax(Arm):
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in project(x, [self.q, self.k, self.v]))
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
-        return attend(q, k, v, ctx).flatten(2), v
+        return self.attend(x, q, k, v, ctx).flatten(2), v
 
     def flops_per_token(self, mean_keys: float) -> float:
         """Forward FLOPs of scores and values, without projections."""
-        return 4 * mean_keys * self.n_out
+        return 4 * mean_keys * self.n_out + self.selector_flops(mean_keys)
+
+
+class Selective(Softmax):
+    """Softmax in which a token can mask earlier ones for all later ones (2410.02703): what head 0
+    scores above 0 is taken, summed over the queries so far, from every head's scores."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__(cfg, layer, selective=True)
 
 
 # (differential heads, KV heads) as shares of n_head. Attention parameters in d^2, softmax 4:
@@ -1302,7 +1464,8 @@ class DiffV2(Arm):
     def __init__(self, cfg: ModelConfig, layer: int):
         share, share_kv = V2_FORMS[cfg.form]
         pairs, kv = int(cfg.n_head * share), int(cfg.n_head * share_kv)
-        super().__init__(cfg, layer, pairs=pairs, heads_q=2 * pairs, heads_kv=kv)
+        shape = {"pairs": pairs, "heads_q": 2 * pairs, "heads_kv": kv}
+        super().__init__(cfg, layer, **shape, selective=cfg.selective)
         d, dim = cfg.d_model, cfg.head_dim
         self.n_out, self.kv_width = pairs * dim, kv * dim
         self.q = Linear(2 * pairs * dim, d, bias=cfg.bias, maps=2)
@@ -1317,7 +1480,7 @@ class DiffV2(Arm):
         q, k = (t.unflatten(-1, (-1, self.cfg.head_dim)) for t in (q, k))
         q, k = self.position(q, k, ctx)
         v = self.mix(v.unflatten(-1, (self.heads_kv, -1)), ve)
-        a1, a2 = attend(q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
+        a1, a2 = self.attend(x, q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
         return (a1 - self.weight(x) * a2).flatten(2), v
 
     def weight(self, x: Tensor) -> Tensor:
@@ -1326,7 +1489,7 @@ class DiffV2(Arm):
         return torch.sigmoid(lam)[..., None]
 
     def flops_per_token(self, mean_keys: float) -> float:
-        return 4 * mean_keys * 2 * self.n_out
+        return 4 * mean_keys * 2 * self.n_out + self.selector_flops(mean_keys)
 
 
 def v1_qk_dim(cfg: ModelConfig) -> int:
@@ -1374,6 +1537,7 @@ class DiffV1(Arm):
 
 
 ARMS: dict[str, type] = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2}
+ARMS["selective"] = Selective
 
 
 @functools.cache
@@ -1615,7 +1779,7 @@ class GPT(nn.Module):
         fa4 = self.fa4 and self.flex is None
         bounds = document_bounds(docs, window) if fa4 else None
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
-        starts = starts_of(docs) if self.cfg.key_offset else None
+        starts = starts_of(docs)
         masks, out = {}, []
         for i, block in enumerate(self.blocks):
             if block.attn is None:
@@ -1630,8 +1794,9 @@ class GPT(nn.Module):
                 w = window[which].view(1)
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
-                masks[key] = make(docs, w)
-            out.append(Context(masks[key], rope, self.score_scale, starts))
+                masks[key] = (make(docs, w), w)
+            mask, w = masks[key]
+            out.append(Context(mask, rope, self.score_scale, starts, docs, w))
         return out
 
     def forward(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:

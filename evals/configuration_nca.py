@@ -14,13 +14,15 @@ class NCAConfig(PreTrainedConfig):
     windows: the [long, short] attention windows in use, tokens; trained_windows: those of the last
         step. Load with `windows=config.trained_windows` to compute what was trained, exactly.
     blocks: for each {"mlp": width, "attention": None or a dict}, the latter with
-        arm: "softmax", "diff_v1" or "diff_v2"; heads: of the output
+        arm: "softmax", "diff_v1", "diff_v2" or "selective"; heads: of the output
         query_heads, key_heads, value_heads, key_dim, value_dim: shapes of q, k and v
         scale: factor on q.k; window: 0 for the long one, 1 for the short
         second_window: a cap on the second map's window, tokens, or None
         value_table: index of the value embedding that is mixed into v, or None
         lambda_init: diff_v1's constant
-        key_offset: whether half of a key is the token before's.
+        key_offset: whether half of a key is the token before's
+        selectors: groups of heads that earlier tokens are masked for, or 0; own_selector: whether a
+        head of its own does it, not the first of each group.
     rotary: "half" of each head (base 1024), "full" (base 10,000) or None.
     softcap: c of c sigmoid(4 z / c), [top, shift, width] of top sigmoid((z + shift) / width), or 0.
     qk_norm, gate, xsa, bias, x0, skip, backout, smear, bigram, bigram_dim, value_gate,

@@ -40,7 +40,7 @@ from variants import gpt2
 
 CODE = ("configuration_nca.py", "modeling_nca.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ARMS = {T.Softmax: "softmax", T.DiffV1: "diff_v1", T.DiffV2: "diff_v2"}
+ARMS = {T.Softmax: "softmax", T.DiffV1: "diff_v1", T.DiffV2: "diff_v2", T.Selective: "selective"}
 # The comparison: tokens, windows short enough to bind, and the largest difference of two logits.
 # Measured: 0 at 12 x 768 on a CPU, 5e-7 for GPT2LMHeadModel; another BLAS may sum in another order.
 CHECKED, CHECKED_WINDOWS, TOLERANCE = 256, (96, 40), 1e-4
@@ -71,6 +71,8 @@ def attention_spec(model: T.GPT, layer: int) -> dict | None:
         "value_table": T.value_slot(cfg, layer),
         "lambda_init": getattr(arm, "lam_init", None),
         "key_offset": cfg.key_offset and layer in cfg.long_layers,
+        "selectors": arm.selectors,
+        "own_selector": arm.own_selector,
     }
 
 

@@ -55,6 +55,8 @@ class Layer:
     """What the heads of a layer did. Maps [H, T, T], row = query; lam [H, T], a query's lambda.
 
     second and lam are None where a head has one map; first has no heads where none could be seen.
+    masks [G, T, T], of a selective arm's G groups of heads: the share 1 - exp(-F) that earlier
+    queries took from what exp(score) gives a key, before the rest is made to sum to 1.
     """
 
     arm: str
@@ -62,6 +64,7 @@ class Layer:
     second: Tensor | None = None
     lam: Tensor | None = None
     note: str = ""
+    masks: Tensor | None = None
 
     @property
     def used(self) -> Tensor:
@@ -71,10 +74,12 @@ class Layer:
 
 @dataclass
 class Record:
-    """One layer's forward pass: what came in, [1, T, d], and each call's maps, [Hq, T, T]."""
+    """One layer's forward pass: what came in, [1, T, d], each call's maps, [Hq, T, T], and
+    what selective attention masked, [G, T, T] for G groups of heads."""
 
     x: Tensor
     maps: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -90,12 +95,16 @@ def recording(model: nn.Module):
 
         return hook
 
-    def attend_and_keep(q, k, v, ctx):
+    def attend_and_keep(q, k, v, ctx, *selected):
         length, heads = k.shape[1:3]
         one_hot = torch.eye(length, dtype=v.dtype, device=v.device)  # the value of key s is e_s
-        maps = attend(q, k, one_hot[None, :, None].expand(1, length, heads, length), ctx)
+        one_hot = one_hot[None, :, None].expand(1, length, heads, length)
+        maps = attend(q, k, one_hot, ctx, *selected)
         current[0].maps.append(maps[0].transpose(0, 1))
-        return attend(q, k, v, ctx)
+        for masks in selected[:1]:
+            seen = T.dense_mask(ctx.docs, ctx.window[:1])[0]
+            current[0].masks.append(torch.where(seen, 1 - torch.exp(-masks[0]), 0.0))
+        return attend(q, k, v, ctx, *selected)
 
     hooks = [
         block.attn.arm.register_forward_pre_hook(enter(i))
@@ -125,14 +134,15 @@ def layer_of(arm: nn.Module, record: Record) -> Layer:
         none = torch.zeros(0, record.x.size(1), record.x.size(1))
         return Layer(name, none, note="This arm does not call T.attend: its maps cannot be shown.")
     maps, note = torch.cat(record.maps), ""
+    masks = torch.cat(record.masks) if record.masks else None
     if isinstance(arm, (T.DiffV1, T.DiffV2)) and len(maps) == 2 * arm.heads:
         first, second = maps.unflatten(0, (arm.heads, 2)).unbind(1)
         if arm.head_windows:
             note = f"The second map sees {arm.cfg.window2} tokens back."
-        return Layer(name, first, second, second_weight(arm, record.x), note)
+        return Layer(name, first, second, second_weight(arm, record.x), note, masks)
     if type(arm) not in NAMES:
         note = "The maps that T.attend made; what this arm does to them afterwards is not shown."
-    return Layer(name, maps, note=note)
+    return Layer(name, maps, note=note, masks=masks)
 
 
 @torch.no_grad()
@@ -163,6 +173,7 @@ def head_figures(layer: Layer, docs: Tensor) -> list[dict]:
 
     sink: weight on the document's first token. entropy: bits, of absolute weights. cancelled: how
     much of the first map lambda times the second takes away; negative: what it takes beyond that.
+    masked: mean of the layer's masks over a document's pairs of a query and a key.
     """
     at = torch.arange(len(docs))
     start = (docs[:, None] == docs).int().argmax(1)
@@ -181,6 +192,10 @@ def head_figures(layer: Layer, docs: Tensor) -> list[dict]:
         columns["cancelled"] = means(torch.minimum(layer.first, taken).clamp_min(0).sum(-1))
         columns["negative"] = means((-layer.used).clamp_min(0).sum(-1))
         columns["lambda"] = means(layer.lam)
+    if layer.masks is not None:
+        seen = (docs[:, None] == docs).tril()
+        masked = layer.masks[:, seen].double().mean(1)
+        columns["masked"] = masked.repeat_interleave(len(layer.first) // len(masked)).tolist()
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -204,7 +219,7 @@ def visible(piece: bytes) -> str:
 
 def packed(layers: list[Layer | None]) -> str:
     """Base64 of uint16 FULL x weight: layer by layer, head by head, the first map and, where there
-    is one, the second; of each the lower triangle, row by row."""
+    is one, the second, then the layer's masks; of each the lower triangle, row by row."""
     parts = []
     for layer in layers:
         if layer is None:
@@ -213,6 +228,9 @@ def packed(layers: list[Layer | None]) -> str:
         rows, columns = np.tril_indices(layer.first.size(-1))
         triangles = torch.stack(both, 1).numpy()[..., rows, columns]
         parts.append(np.rint(triangles.ravel() * FULL).astype("<u2"))
+        if layer.masks is not None:
+            shares = layer.masks.numpy()[..., rows, columns]
+            parts.append(np.rint(shares.ravel() * FULL).astype("<u2"))
     return base64.b64encode(np.concatenate(parts or [np.zeros(0, "<u2")])).decode()
 
 
@@ -228,6 +246,7 @@ def described(layer: Layer | None, docs: Tensor) -> dict | None:
         return None
     return {
         **{"arm": layer.arm, "note": layer.note, "two": layer.second is not None},
+        "masks": 0 if layer.masks is None else len(layer.masks),
         "heads": head_figures(layer, docs),
     }
 

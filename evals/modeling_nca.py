@@ -1,4 +1,4 @@
-"""A GPT with softmax or differential attention; needs torch and transformers, nothing else.
+"""A GPT with softmax, differential or selective attention; needs torch and transformers alone.
 
 Copied as it is into every folder that evals/export.py writes, and loaded from there by
 
@@ -148,13 +148,19 @@ class Softmax(nn.Module):
         self.xsa = nn.Parameter(torch.zeros(spec["heads"])) if config.xsa else None
         mixes = spec["value_table"] is not None
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+        if spec["own_selector"]:
+            self.select_q, self.select_k = (nn.Linear(d, spec["key_dim"], bias) for _ in range(2))
         gated = mixes and config.value_gate
         self.value_gate = nn.Linear(12, spec["value_heads"], bias=False) if gated else None
 
     def project(self, x, tables, rotary):
-        """q, k [B, T, H, key_dim], normed and rotated; v [B, T, H, value_dim], table mixed in."""
+        """q, k [B, T, H, key_dim], normed and rotated, an own selector's last; v [B, T, H,
+        value_dim], table mixed in."""
         spec = self.spec
-        q, k = (f(x).unflatten(-1, (-1, spec["key_dim"])) for f in (self.q, self.k))
+        q, k = self.q(x), self.k(x)
+        if spec["own_selector"]:
+            q, k = torch.cat([q, self.select_q(x)], -1), torch.cat([k, self.select_k(x)], -1)
+        q, k = (t.unflatten(-1, (-1, spec["key_dim"])) for t in (q, k))
         v = self.v(x).unflatten(-1, (-1, spec["value_dim"]))
         if self.qk_norm:
             q, k = norm(q), norm(k)
@@ -168,11 +174,57 @@ class Softmax(nn.Module):
             v = c[0] * v + c[1] * extra
         return q, k, v
 
-    def attend(self, q, k, v, rows, windows):
+    def choose(self, q, k):
+        """q [B, T, Hq, D] and k [B, H, S, D] without an own selector's head, and the selectors' q
+        and k [B, G, ., D]."""
+        by_head, groups = q.transpose(1, 2), self.spec["selectors"]
+        if self.spec["own_selector"]:
+            return q[:, :, :-1], k[:, :-1], by_head[:, -1:], k[:, -1:]
+        chosen = (t[:, :: t.size(1) // groups] for t in (by_head, k))
+        return q, k, *chosen
+
+    def selected(self, q, k, rows, end):
+        """What q [B, G, T, D], the queries up to `end`, take from each of all keys k [B, G, S, D]:
+        [B, G, T, S], fp32. Only what is real takes, and never from itself, from what comes later,
+        from another document or from a document's first token."""
+        at = torch.arange(k.size(2), device=k.device)
+        by = slice(end - q.size(2), end)
+        takes = (at[by, None] > at) & (rows.documents[:, by, None] == rows.documents[:, None])
+        takes = takes & rows.real[:, by, None] & ~rows.starts[:, None]
+        scores = torch.where(takes[:, None], F.relu(q @ k.mT), 0.0)
+        return scores.float() * self.spec["scale"]
+
+    def masks(self, q, k, rows, cache):
+        """F [B, G, T, S]: what the queries before each of q [B, G, T, D] took from k [B, G, S, D].
+
+        The cache holds, beside the keys, all that was taken from each and the queries that took it:
+        where the cache was cropped since, the sum is made anew.
+        """
+        past, old = q.new_zeros(*k.shape[:3], dtype=torch.float32), k.size(2) - q.size(2)
+        now = self.selected(q, k, rows, k.size(2))
+        masks = torch.cat([torch.zeros_like(now[:, :, :1]), now[:, :, :-1]], dim=2).cumsum(2)
+        if cache is None:
+            return masks
+        slot = self.slot + 1
+        before_, queries = cache.update(past[:, :, old:, None], q, slot)
+        layer = cache.layers[slot]
+        if old and getattr(layer, "counted", old) != old:
+            past = self.selected(queries[:, :, :old].to(k.dtype), k, rows, old).sum(2)
+        else:
+            past = before_[..., 0]
+        masks = masks + past[:, :, None]
+        layer.keys = (masks[:, :, -1] + now[:, :, -1])[..., None]
+        layer.counted = k.size(2)
+        return masks
+
+    def attend(self, q, k, v, rows, windows, masks=None):
         """q [B, T, H, D] on k, v [B, H, S, D] -> [B, T, H, Dv]; query head n reads k and v head
-        n // (H / heads of k or v)."""
+        n // (H / heads of k or v). masks [B, G, T, S] are taken from the scores of G groups."""
         spec, heads = self.spec, q.size(2)
         mask = rows.mask(windows[spec["window"]], spec["second_window"], heads)
+        if masks is not None:
+            masks = masks.repeat_interleave(heads // masks.size(1), dim=1)
+            mask = torch.where(mask, -masks, -torch.inf).to(q.dtype)
         # By hand: with enable_gqa and a mask, CUDA is left with the kernel that keeps all scores.
         k, v = (t.repeat_interleave(heads // t.size(1), dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=spec["scale"])
@@ -189,7 +241,11 @@ class Softmax(nn.Module):
             keys, values = cache.update(keys, values, self.slot)
         if self.spec["key_offset"]:
             keys = offset_keys(keys, rows.starts)
-        y = self.combine(x, self.attend(q, keys, values, rows, windows))
+        masks = None
+        if self.spec["selectors"]:
+            q, keys, *chosen = self.choose(q, keys)
+            masks = self.masks(*chosen, rows, cache)
+        y = self.combine(x, self.attend(q, keys, values, rows, windows, masks))
         if self.xsa is not None:
             v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
             along = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
@@ -228,7 +284,7 @@ class DiffV1(Softmax):
         return (y * (1 - start)).to(x.dtype)
 
 
-ARMS = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2}
+ARMS = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2, "selective": Softmax}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -333,10 +389,12 @@ class NCAModel(NCAPreTrainedModel):
         super().__init__(config)
         d, self.gpt2 = config.hidden_size, config.family == "gpt2"
         self.embed = nn.Embedding(config.vocab_size, d)
-        slots, self.slot = [], 0  # of the cache: a block with attention has one, documents the last
+        # Of the cache: attention has one, selective attention two, documents the last.
+        slots, self.slot = [], 0
         for block in config.blocks:
             slots.append(self.slot)
-            self.slot += block["attention"] is not None
+            spec = block["attention"]
+            self.slot += 0 if spec is None else 2 if spec["selectors"] else 1
         self.blocks = nn.ModuleList(NCABlock(config, i, slot) for i, slot in enumerate(slots))
         self.norm_out = make_norm(config)
         self.dims = {b["attention"]["key_dim"] for b in config.blocks if b["attention"]}

@@ -14,8 +14,10 @@ import torch
 import train_gpt as T
 
 LENGTH = 96
+ROWS = {"row_tokens": 128, "val_row_tokens": 128}  # none is longer here, whatever a preset says
 WINDOWS = (48, 25)  # long and short layers, tokens: below a row, so that both bind
 EDGES = (30, 31, 70)  # where documents begin, besides at 0; one is a single token
+FAINT = 0.02  # score scale of the selective arms: a token that is masked wholly moves nothing more
 REACH = 20  # so many tokens after a changed one must move, or the check proves nothing
 NARROW = {"d_model": 96, "vocab": 64, "xsa": False}
 
@@ -46,7 +48,9 @@ def check_causal(
     `make_model(cfg, length, dtype)`: another model than GPT, as in Hooks.model.
     """
     cfg = T.make_config(preset, **{"arm": arm, **NARROW, **(overrides or {})})
-    cfg = cfg.with_(require_gpu=False)
+    cfg = cfg.with_(require_gpu=False, **ROWS)
+    if T.parse_arm(arm)[0] == "selective" or cfg.model.selective:
+        cfg = cfg.with_(score_scale=FAINT)
     problems = T.check_config(cfg)
     if problems:
         raise T.InputError("; ".join(problems))

@@ -99,7 +99,8 @@ def slug(arm: str) -> str:
 
 def control_of(cfg: T.Config) -> str | None:
     """What `diff_v2,form=full` needs beside it: softmax that has the same number of matrix
-    parameters in the same layers, by a wider MLP; None for arms that need nothing.
+    parameters in the same layers, by a wider MLP, and is selective where full is; None for arms
+    that need nothing.
 
     full has 5 n_head head_dim d_model parameters where softmax has 4, and an MLP two matrices of
     d_model x width: so the width grows by n_head head_dim / 2, from 3,072 to 3,456 at 6 x 128.
@@ -111,10 +112,11 @@ def control_of(cfg: T.Config) -> str | None:
     if m.mlp_layers:
         raise T.InputError(f"arm {m.arm}: form=full with mlp_layers has no control of its size")
     width = (m.mlp or 4 * m.d_model) + m.n_head * m.head_dim // 2
-    where = [f"mlp_layers={T.format_value(m.layers)}"] if m.layers else []
-    own = ("form", "layers", "mlp", "lambda_bias", "window2")
+    kind, places = ("selective", "layers") if m.selective else ("softmax", "mlp_layers")
+    where = [f"{places}={T.format_value(m.layers)}"] if m.layers else []
+    own = ("form", "layers", "mlp", "lambda_bias", "window2", "selective")
     shared = [key for key in keys if key.partition("=")[0] not in own]
-    return ",".join(["softmax", f"mlp={width}", *where, *shared])
+    return ",".join([kind, f"mlp={width}", *where, *shared])
 
 
 def configure(arms: list[str], flags: list[str], gpus: int) -> dict[str, T.Config]:
@@ -140,7 +142,7 @@ def with_controls(
     """The configs with missing controls at the end, and {arm: its control}."""
 
     def computes(cfg: T.Config) -> T.ModelConfig:
-        return dataclasses.replace(cfg.model, arm="")
+        return dataclasses.replace(cfg.model, arm=T.parse_arm(cfg.model.arm)[0])
 
     configs, controls = dict(configs), {}
     for arm, cfg in list(configs.items()):

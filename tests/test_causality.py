@@ -17,6 +17,10 @@ ARMS = (
     "diff_v2,layers=0+3",
     "diff_v2,form=full,xsa=true,window2=9",
     "softmax,xsa=true",
+    "selective",
+    "selective,selector=own",
+    "diff_v2,selective=true",
+    "diff_v2,selective=true,form=full,selector=2,window2=9",
     f"{H.ARMS / 'temperature.py'}:Temperature",
     f"{H.ARMS / 'plain_module.py'}:Plain",
 )

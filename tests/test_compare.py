@@ -598,12 +598,17 @@ def matrix_parameters(arm: str, preset: str, **changes) -> int:
         ("plain", "diff_v2,form=full,window2=128,qk_norm=false", "softmax,mlp=3456,qk_norm=false"),
         ("plain", "diff_v2,form=full,mlp=1024", "softmax,mlp=1408"),
         ("demo", "diff_v2,form=full", "softmax,mlp=576"),
+        (
+            "plain",
+            "diff_v2,form=full,selective=true,selector=own,layers=0+4",
+            "selective,mlp=3456,layers=0+4,selector=own",
+        ),
     ],
 )
 def test_control(preset, arm, control):
     assert comparison.control_of(T.make_config(preset, arm=arm)) == control
     assert matrix_parameters(arm, preset) == matrix_parameters(control, preset)
-    plain = "softmax,mlp=1024" if "mlp=1024" in arm else "softmax"
+    plain = "softmax,mlp=1024" if "mlp=1024" in arm else control.partition(",")[0]
     assert matrix_parameters(arm, preset) > matrix_parameters(plain, preset)
 
 
@@ -612,12 +617,22 @@ def test_no_control_needed(arm):
     assert comparison.control_of(T.make_config("plain", arm=arm)) is None
 
 
+def test_selective_arms_are_accepted(text_data, capsys):
+    arms = ("softmax", "diff_v2", "selective", "diff_v2,selective=true")
+    c = comparison_of(text_data, *arms)
+    comparison.check_causality(c)
+    assert f"causal in everything: {', '.join(arms)}" in capsys.readouterr().out
+
+
 def test_controls_join_the_blocks(text_data, capsys):
     full, control = "diff_v2,form=full", "softmax,mlp=144"
     c = comparison_of(text_data, "softmax", full, "diff_v1")
     assert c.arms == ["softmax", full, "diff_v1", control]
     assert f"{control} joins every block: the control of {full}" in capsys.readouterr().out
     assert c.pairs() == [[full, control], ["diff_v1", "softmax"]]
+    c = comparison_of(text_data, "selective,mlp=144", full, "softmax")
+    assert c.arms[-1] == control and c.controls == {full: control}
+    capsys.readouterr()
     c = comparison_of(text_data, control, full, "softmax")
     assert c.arms == [control, full, "softmax"] and "joins" not in capsys.readouterr().out
     with pytest.raises(T.InputError, match="no control"):

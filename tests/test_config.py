@@ -44,7 +44,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--stages", "1:2"], ["--stages '1:2' is no tuple"]),
         (
             ["--arm", "nonsense"],
-            ["no arm 'nonsense'", "softmax, diff_v1, diff_v2 or path.py:Class"],
+            ["no arm 'nonsense'", "softmax, diff_v1, diff_v2, selective or path.py:Class"],
         ),
         (["--arm", "softmax,colour=red"], ["'colour=red' is no key=value"]),
         (["--arm", "softmax,mlp"], ["'mlp' is no key=value"]),

@@ -38,6 +38,7 @@ IDEAS = {
     **{"smear": True, "key_offset": True, "value_gate": True, "shifted_cap": True},
     "attention_from": 1,
 }
+FAINT = {"score_scale": 0.1}  # or masked tokens would leave nothing to compare
 CASES = {
     **{arm: ("demo", {"arm": arm}) for arm in H.BUILT_IN},
     "window2": ("demo", {"arm": "diff_v2,form=full,window2=20"}),
@@ -51,12 +52,17 @@ CASES = {
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
     "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
     "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
+    "selective": ("demo", {"arm": "selective,selector=2", **FAINT}),
+    "selective own": ("demo", {"arm": "selective,selector=own", **FAINT, "key_offset": True}),
+    "selective v2": ("demo", {"arm": "diff_v2,selective=true,window2=20", **FAINT}),
+    "selective gpt2": ("gpt2", {"arm": "selective", "score_scale": 0.05}),
     "gpt2 v1": ("gpt2", {"arm": "diff_v1"}),
     "gpt2 v2": ("gpt2", {"arm": "diff_v2,form=light+", "gate": True}),
     "gpt2 windows": ("gpt2", {"arm": "softmax"}),  # they bind: no stock GPT-2
 }
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
-CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2")
+SELECTIVE = ("selective", "selective own", "selective v2")
+CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *SELECTIVE)
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def test_logits_are_the_trainers(name, pairs):
         assert gap(trained[:, EXTENDED:], far[:, EXTENDED:]) > 1e-4  # the windows do bind
 
 
-@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "gpt2 v1", "gpt2 v2"])
+@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "selective v2", "gpt2 v1", "gpt2 v2"])
 @torch.no_grad()
 def test_bf16(name, tmp_path):
     """bf16 weights and activations, as the trainer has on a GPU. Measured: 0, once GPT-2's tables,
@@ -265,6 +271,19 @@ def test_cache_is_no_cache(name, pairs):
     assert cache.get_seq_length() == LENGTH
 
 
+@pytest.mark.parametrize("name", SELECTIVE)
+@torch.no_grad()
+def test_a_cropped_cache_takes_back_what_was_taken(name, pairs):
+    """Other tokens were in the cache for a while, and took from the keys that are still there."""
+    model, tokens = pairs(name).theirs, some_tokens(2)
+    other = tokens[:, :150].clone()
+    other[:, 100:] = (other[:, 100:] + 1) % 256
+    cache = model(other).past_key_values
+    cache.crop(-50)
+    rest = model(tokens[:, 100:], past_key_values=cache).logits
+    assert gap(rest, model(tokens).logits[:, 100:]) < 2e-5
+
+
 @pytest.mark.parametrize("name", CACHED)
 @torch.no_grad()
 def test_padding_is_the_mask_alone(name, pairs):
@@ -328,10 +347,12 @@ def test_generate_greedy(name, pairs):
         assert ids[0].tolist() == got[i, start:].tolist()
 
 
+@pytest.mark.parametrize("name", ["window2", *SELECTIVE])
 @torch.no_grad()
-def test_generate_sampling_beams_and_lookup(pairs):
-    """What reorders, repeats and crops the cache does it to the documents, too."""
-    model, (tokens, mask) = pairs("window2").theirs, prompts()
+def test_generate_sampling_beams_and_lookup(name, pairs):
+    """What reorders, repeats and crops the cache does it to the documents, too, and to what was
+    taken from each key."""
+    model, (tokens, mask) = pairs(name).theirs, prompts()
 
     def generate(**how):
         torch.manual_seed(3)

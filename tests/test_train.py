@@ -35,7 +35,14 @@ def learn(data, out, arm) -> tuple[T.Trainer, float, float]:
 
 
 @pytest.mark.parametrize(
-    "arm", [*H.BUILT_IN, f"{H.ARMS / 'temperature.py'}:Temperature"], ids=lambda a: a[-24:]
+    "arm",
+    [
+        *H.BUILT_IN,
+        "selective",
+        "diff_v2,selective=true,selector=own",
+        f"{H.ARMS / 'temperature.py'}:Temperature",
+    ],
+    ids=lambda a: a[-24:],
 )
 def test_every_arm_falls_below_the_bigram(text_data, tmp_path, arm):
     """The bound is the conditional entropy of val's own bigrams, which no function of the present

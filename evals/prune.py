@@ -1,0 +1,257 @@
+"""How much of its key-value cache does a model need? Loss against the share of the cache kept.
+
+    python -m evals.prune RUN [RUN ...] --data DIR [--kept 1 0.5 0.25 0.125] [--out FOLDER]
+
+Every layer may keep a share of the keys that it would hold otherwise: its window, or the text where
+that is shorter. When a new key is one too many, one goes for good. Which one:
+
+    masked   the one that most was taken from (selective attention's F, 2410.02703): F never falls,
+             so a key that is gone would be masked ever after. Layers that mask nothing go by age
+    age      the oldest: what any model can do
+
+The newest key and a document's first are never given up. What is read: documents of dev that have
+more tokens than --tokens, cut there, one a row. The loss is the mean over all their tokens, and the
+other one over those of the second half, where small caches are full. Attention is computed on dense
+masks: this measures loss and not speed. FOLDER gets prune.json, prune.svg and prune.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if not __package__:  # run as a file: its own folder is on the path, not the one above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import train_gpt as T
+from evals import sample
+
+CALL_TOKENS = 8192  # in a forward pass: T x T is kept for each of its rows
+POLICIES = ("masked", "age")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. kept: keys that layers may hold, of those that they would; losses in nats a
+    token, of all tokens and of those in the second half of a document's piece."""
+
+    run: str
+    arm: str
+    policy: str
+    kept: float
+    loss: float
+    loss_late: float
+    targets: int
+
+
+# ---- Eviction -----------------------------------------------------------------------------------
+
+
+def kept_keys(rank: Tensor, seen: Tensor, first: Tensor, budget: int) -> Tensor:
+    """Which keys are still there for each query: bool [B, G, T, T], at most `budget` of a row.
+
+    rank [B, G, T, T]: at query i, of the keys that are there, the one with the largest goes; of
+    equals, the oldest. seen [B, 1, T, T]: what a full cache would hold; what leaves the window or
+    belongs to a finished document makes room by itself. first [B, T]: never given up.
+    """
+    there, rows = torch.zeros_like(rank[:, :, 0], dtype=torch.bool), []
+    at = torch.arange(rank.size(-1), device=rank.device)
+    for i in range(rank.size(-1)):
+        there = (there | (at == i)) & seen[:, :, i]
+        stays = ~there | first[:, None] | (at == i)
+        worst = rank[:, :, i].masked_fill(stays, -math.inf).argmax(-1, keepdim=True)
+        over = there.sum(-1, keepdim=True) > budget
+        there = there & ~(over & (at == worst))
+        rows.append(there)
+    return torch.stack(rows, dim=2)
+
+
+def ages(length: int, device: torch.device) -> Tensor:
+    """[1, 1, T, T]: how far back a key is."""
+    at = torch.arange(length, device=device)
+    return (at[:, None] - at).float()[None, None]
+
+
+@contextlib.contextmanager
+def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
+    """While open, every layer keeps `share` of its cache, at least two keys. Fills `sizes` with a
+    pair (keys kept, keys of a full cache) for each call of `T.attend`. For models whose masks are
+    dense (`model.flex` False)."""
+    attend = T.attend
+
+    def attend_pruned(q, k, v, ctx, masks=None, *how):
+        length = q.size(1)
+        full = min(length, int(ctx.window.max()))
+        budget = min(full, max(2, round(share * full)))
+        sizes.append((budget, full))
+        if budget < full:
+            rank = ages(length, q.device) if masks is None or policy == "age" else masks
+            rank = rank.expand(q.size(0), -1, -1, -1)
+            seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
+            kept = kept_keys(rank, seen, ctx.starts, budget)
+            kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
+            ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
+        return attend(q, k, v, ctx, masks, *how)
+
+    T.attend = attend_pruned
+    try:
+        yield
+    finally:
+        T.attend = attend
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+
+
+def long_documents(corpus: T.Corpus, length: int, most: int) -> np.ndarray:
+    """int64 [N, length + 1]: how the first `most` documents of dev begin that have so many tokens,
+    end-of-text among them. InputError where there is none."""
+    tokens = np.concatenate([shard.load() for shard in corpus.splits["dev"]])
+    starts = np.flatnonzero(tokens == corpus.eot)
+    ends = np.append(starts[1:], len(tokens))
+    fit = starts[ends - starts > length][:most]
+    if not len(fit):
+        raise T.InputError(f"no document of dev has more than {length} tokens: lower --tokens")
+    return np.stack([tokens[i : i + length + 1] for i in fit]).astype(np.int64)
+
+
+@torch.no_grad()
+def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
+    """rows [N, T + 1] on the CPU -> nats of each target, [N, T] fp32 on the CPU."""
+    head = T.Head(model.head, model.softcap, model.dtype, False, False)
+    out, device = [], model.head.device
+    for part in rows.split(max(1, CALL_TOKENS // rows.size(1))):
+        part = part.to(device)
+        docs = torch.zeros_like(part[:, :-1], dtype=torch.int32)
+        h = model(part[:, :-1].int(), docs, window)
+        out.append(head.losses(h.flatten(0, 1), part[:, 1:].flatten()).view_as(docs).cpu())
+    return torch.cat(out)
+
+
+def measure(path: Path, rows: np.ndarray, shares: list[float], device: str) -> list[Point]:
+    """A run's points. InputError where it is no model of this text."""
+    model, meta = sample.load(path, device, rows.shape[1])
+    tokens, points = torch.from_numpy(rows), []
+    if int(tokens.max()) >= model.cfg.vocab:
+        raise T.InputError(f"{path} has {model.cfg.vocab} tokens: --data is of another vocabulary")
+    window = T.windows(sample.best_window(meta), device)
+    arms = [b.attn.arm for b in model.blocks if b.attn is not None]
+    selective = any(getattr(arm, "selectors", 0) for arm in arms)
+    run = path.parents[1].name if path.parent.name == "ckpt" else path.name
+    for policy in POLICIES if selective else ("age",):
+        for share in shares:
+            sizes: list[tuple[int, int]] = []
+            with pruning(share, policy, sizes):
+                nats = losses(model, tokens, window).double()
+            if not sizes:
+                raise T.InputError(f"{path}: its arm does not call T.attend, so nothing is pruned")
+            kept, full = map(sum, zip(*sizes, strict=True))
+            late = nats[:, nats.size(1) // 2 :].mean()
+            said = (policy, kept / full, float(nats.mean()), float(late), nats.numel())
+            points.append(Point(run, meta["config"]["arm"], *said))
+            print(line(points[-1]), flush=True)
+    return points
+
+
+# ---- What is written ----------------------------------------------------------------------------
+
+
+def line(p: Point) -> str:
+    return f"{p.run:28s} {p.policy:7s} {p.kept:7.1%} {p.loss:9.4f} {p.loss_late:9.4f}"
+
+
+def draw(points: list[Point], length: int, out: Path) -> None:
+    """OUT.svg and OUT.png: the loss over the share of the cache, a line for each run and policy, in
+    the arm's colour."""
+    from records import plots
+
+    by_line: dict[tuple[str, str, str], list[Point]] = {}
+    for p in points:
+        by_line.setdefault((p.run, p.arm, p.policy), []).append(p)
+    styles = plots.styles_of(tuple(dict.fromkeys(arm for _, arm, _ in by_line)))
+    with plots.style(plots.LIGHT):
+        figure, (axis,) = plots.new_figure()
+        ends = []
+        for (_, arm, policy), own in by_line.items():
+            own = sorted(own, key=lambda p: -p.kept)
+            colour, marker = styles[arm]
+            dashes = "-" if policy == "masked" else ":"
+            xs, ys = [p.kept for p in own], [p.loss for p in own]
+            axis.plot(xs, ys, dashes, color=colour, marker=marker)
+            ends.append((f"{plots.short(arm)}, {policy}", colour, (xs[-1], ys[-1])))
+        axis.set_xscale("log", base=2)
+        axis.invert_xaxis()
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.1 else f"{x:.1%}")
+        title = f"Loss with a pruned cache, {length:,} tokens of dev documents"
+        plots.say(axis, title, "share of the keys that are kept", "nats a token")
+        plots.name_ends(axis, ends)
+        plots.save(figure, out)
+
+
+def run(args: argparse.Namespace) -> None:
+    paths = [Path(p) for p in args.models]
+    metas = [sample.meta_of(path) for path in paths]
+    length = args.tokens or min(int(meta["config"]["row_tokens"]) for meta in metas)
+    corpus = T.Corpus.open(args.data, args.dev)
+    rows = long_documents(corpus, length, args.documents)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
+    device = "cpu" if device == "auto" else device
+    print(f"{len(rows)} documents of dev, {length} tokens each")
+    print(f"{'run':28s} {'policy':7s} {'kept':>7s} {'loss':>9s} {'2nd half':>9s}")
+    points = [p for path in paths for p in measure(path, rows, args.kept, device)]
+    said = {"tokens": length, "documents": len(rows), "points": [asdict(p) for p in points]}
+    (args.out / "prune.json").write_text(json.dumps(said, indent=1))
+    try:
+        draw(points, length, args.out / "prune")
+    except ImportError as e:  # nice to have
+        print(f"no plot: {e.name} is not installed")
+    else:
+        print(args.out / "prune.svg")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prune", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="RUN", help="run folders, or checkpoints in them")
+    add("--data", required=True, metavar="DIR", help="folder of token shards, read from dev")
+    add("--dev", default="", metavar="FILE", help="a shard to read, where no manifest names dev")
+    add("--tokens", type=int, default=0, metavar="N", help="of each document (0: a trained row)")
+    add("--documents", type=int, default=64, metavar="N", help="documents at most (64)")
+    shares = [1.0, 0.5, 0.25, 0.125, 0.0625]
+    add("--kept", type=float, nargs="+", default=shares, metavar="SHARE", help="of the cache")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    add("--out", type=Path, default=Path("."), metavar="FOLDER", help="for prune.json and .svg")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints, writes; 2 for bad input, with one sentence."""
+    args = parse(argv)
+    try:
+        if not all(0 < share <= 1 for share in args.kept):
+            raise T.InputError("--kept are shares above 0, at most 1")
+        if args.tokens < 0 or args.tokens == 1 or args.documents < 1:
+            raise T.InputError("--tokens is 2 or more (0: a trained row), --documents 1 or more")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise T.InputError("no NVIDIA GPU here: leave out --device")
+        run(args)
+    except (T.InputError, FileExistsError) as e:
+        print(f"prune: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

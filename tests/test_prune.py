@@ -1,0 +1,175 @@
+"""evals/prune.py: which key goes, that it never comes back, and that a pruned layer computes what a
+cache that really forgets would."""
+
+from __future__ import annotations
+
+import json
+
+import helpers as H
+import pytest
+import test_attention as A
+import torch
+
+from evals import prune
+
+T = H.T
+LENGTH = A.LENGTH
+
+
+# ---- which key goes -----------------------------------------------------------------------------
+
+
+def by_hand(rank, seen, first, budget: int) -> torch.Tensor:
+    """One row [T, T] with a list for the cache."""
+    out, cache = torch.zeros_like(seen), []
+    for i in range(len(rank)):
+        cache = [j for j in [*cache, i] if seen[i, j]]
+        if len(cache) > budget:
+            may_go = [j for j in cache if j != i and not first[j]]
+            cache.remove(max(may_go, key=lambda j: (float(rank[i, j]), -j)))
+        out[i, cache] = True
+    return out
+
+
+@pytest.mark.parametrize("budget", [2, 3, 7, LENGTH])
+def test_kept_keys(budget):
+    """Against the list, with documents and a window; at most the budget; what is gone stays gone;
+    the newest and a document's first stay."""
+    docs = A.documents()
+    seen, first = T.dense_mask(docs, torch.tensor([11])), T.starts_of(docs)
+    gen = torch.Generator().manual_seed(0)
+    rank = torch.rand(2, 3, LENGTH, LENGTH, generator=gen).round(decimals=1).cumsum(2)
+    got = prune.kept_keys(rank, seen, first, budget)
+    for b in range(2):
+        for g in range(3):
+            assert torch.equal(got[b, g], by_hand(rank[b, g], seen[b, 0], first[b], budget))
+    assert got.sum(-1).max() <= budget
+    assert got.diagonal(dim1=-2, dim2=-1).all()
+    assert not (got[:, :, 1:] & ~got[:, :, :-1]).tril(-1)[..., :-1, :].tril(0).any()
+    kept_first = got | ~(seen & first[:, None, None])
+    assert kept_first.all()
+    if budget == LENGTH:
+        assert torch.equal(got, seen.expand_as(got))
+
+
+# ---- what a pruned layer computes ---------------------------------------------------------------
+
+
+class Forgetful:
+    """A layer's cache as a decoder would hold it: keys and values that are there, and what was
+    taken from each so far."""
+
+    def __init__(self, budget: int, by_age: bool):
+        self.budget, self.by_age, self.items = budget, by_age, {}
+
+    def step(self, i: int, q, k, v, select_q, select_k, scale: float) -> torch.Tensor:
+        """q [H, D], k and v [H, D] of token i, one selector's q and k [D] -> [H, D]."""
+        self.items[i] = [k, v, select_k, torch.zeros(())]
+        if len(self.items) > self.budget:
+            may_go = [j for j in self.items if j not in (0, i)]
+            oldest = (lambda j: -j) if self.by_age else (lambda j: (float(self.items[j][3]), -j))
+            del self.items[max(may_go, key=oldest)]
+        keys, values, _, taken = map(torch.stack, zip(*self.items.values()))
+        score = scale * torch.einsum("hd,jhd->hj", q, keys) - taken
+        y = torch.einsum("hj,jhd->hd", torch.softmax(score, -1), values)
+        for j, item in self.items.items():
+            if j not in (0, i):
+                item[3] = item[3] + torch.relu(scale * select_q @ item[2])
+        return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", prune.POLICIES)
+@pytest.mark.parametrize("budget", [2, 5, 13, LENGTH])
+def test_a_pruned_layer_is_a_forgetful_one(budget, policy):
+    """Softmax with head 0 as selector, in a single document: token by token, with keys deleted."""
+    cfg, attn, _ = A.build("selective", 3, value_tables=0, score_scale=0.1)
+    arm, docs = attn.arm, torch.zeros(1, LENGTH, dtype=torch.int32)
+    ctx = T.GPT(cfg, LENGTH).contexts(docs, torch.tensor([99, 99], dtype=torch.int32))[3]
+    x = torch.randn(1, LENGTH, cfg.d_model, generator=torch.Generator().manual_seed(1))
+    sizes = []
+    with prune.pruning(budget / LENGTH, policy, sizes):
+        got = arm(x, None, ctx)[0][0].unflatten(-1, (arm.heads, -1))
+    assert sizes == [(budget, LENGTH)]
+    q, k, v = ((x[0] @ m.weight.T).unflatten(-1, (arm.heads, -1)) for m in (arm.q, arm.k, arm.v))
+    q, k = (t[0] for t in arm.position(q[None], k[None], ctx))
+    cache = Forgetful(budget, policy == "age")
+    want = [
+        cache.step(i, q[i], k[i], v[i], q[i, 0], k[i, 0], ctx.scale(cfg.head_dim))
+        for i in range(LENGTH)
+    ]
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+    if budget < LENGTH:
+        assert (got - arm(x, None, ctx)[0][0].view_as(got)).abs().max() > 1e-3
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+SMALL = {
+    **{"n_layer": 3, "d_model": 32, "n_head": 2, "head_dim": 16, "long_layers": (0, 1, 2)},
+    **{"backout": -1, "vocab": H.BYTE_VOCAB, "row_tokens": 64, "value_tables": 1},
+}
+
+
+def checkpoint(folder, **changes):
+    cfg = T.make_config("demo", **{**SMALL, **changes})
+    model = T.GPT(cfg.model, 64)
+    H.randomise(model)
+    meta = {"schema": T.SCHEMA, "step": 8, "steps": 8, "tokens": 4096, "window": 128}
+    meta |= {"arm": cfg.model.arm, "config": cfg.flat()}
+    T.save_checkpoint(folder / "ckpt", {"model": model.state_dict()}, meta, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return H.write_text_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize(
+    "arm", ["selective,selector=2", "diff_v2,selective=true,layers=1,window2=9"]
+)
+def test_command(arm, text, tmp_path, capsys):
+    soft, own = checkpoint(tmp_path / "soft"), checkpoint(tmp_path / "own", arm=arm)
+    out = tmp_path / "out"
+    argv = [str(soft), str(own), "--data", str(text), "--documents", "5", "--out", str(out)]
+    assert prune.main([*argv, "--kept", "1", "0.5", "0.1"]) == 0
+    said = json.loads((out / "prune.json").read_text())
+    assert (said["tokens"], said["documents"]) == (64, 5)
+    lines = [(p["run"], p["policy"]) for p in said["points"]]
+    assert sorted(set(lines)) == [("own", "age"), ("own", "masked"), ("soft", "age")]
+    assert [p["kept"] for p in said["points"][:3]] == pytest.approx([1, 0.5, 6 / 64])
+    points = {(p["run"], p["policy"], round(p["kept"], 1)): p["loss"] for p in said["points"]}
+    assert points["own", "age", 1.0] == points["own", "masked", 1.0]
+    assert points["own", "age", 0.1] != points["own", "masked", 0.1]
+    assert points["soft", "age", 0.5] != points["soft", "age", 1.0]
+    assert "5 documents of dev, 64 tokens each" in capsys.readouterr().out
+    rows = prune.long_documents(T.Corpus.open(str(text)), 64, 5)
+    assert rows.shape == (5, 65)
+    assert (rows[:, 0] == H.EOT).all()
+    assert not (rows[:, 1:] == H.EOT).any()
+    model, meta = T.load_model(own)
+    model.requires_grad_(False)
+    tokens, docs = torch.from_numpy(rows[:, :-1]), torch.zeros(5, 64, dtype=torch.int32)
+    h = model(tokens, docs, T.windows(meta["window"], "cpu"))
+    z = T.softcap(h @ model.head.t(), model.softcap)
+    nats = torch.nn.functional.cross_entropy(
+        z.flatten(0, 1), torch.from_numpy(rows[:, 1:]).flatten()
+    )
+    assert points["own", "masked", 1.0] == pytest.approx(float(nats), rel=1e-5)
+
+
+def test_bad_words(text, tmp_path, capsys):
+    run = str(checkpoint(tmp_path / "r"))
+    for words, said in (
+        (["--kept", "0"], "shares above 0"),
+        (["--tokens", "1"], "2 or more"),
+        (["--tokens", str(10**6)], "lower --tokens"),
+        (["--data", str(tmp_path / "no")], "no folder of tokens"),
+    ):
+        argv = [run, "--data", str(text), "--out", str(tmp_path / "o"), *words]
+        assert prune.main(argv) == 2, words
+        err = capsys.readouterr().err
+        assert said in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
