@@ -1789,7 +1789,7 @@ class GPT(nn.Module):
             key = (i in self.cfg.long_layers, caps)
             which = 0 if key[0] else 1
             if key not in masks and fa4:  # caps come in pairs: one of each map
-                masks[key] = Documents(bounds, window, which, (caps or (NO_LIMIT,))[:2])
+                masks[key] = Documents(bounds, window, which, (caps or (NO_LIMIT,))[:2]), None
             elif key not in masks:
                 w = window[which].view(1)
                 if caps is not None:
