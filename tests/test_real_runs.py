@@ -72,12 +72,12 @@ def write_tasks(folder: Path) -> Path:
 class Sitting:
     """The folders of a sitting of two arms on a CPU, and its command line."""
 
-    def __init__(self, base: Path, text: Path):
+    def __init__(self, base: Path, text: Path, device: str = "cpu"):
         self.results, self.work, self.out = base / "results", base / "work", base / "filed"
         tasks = write_tasks(base / "lm_eval_tasks")
         data = F.write_csqa(F.write_coqa(base / "tasks", dev=22), validation=30)
         self.argv = [
-            *("--data", text, "--task-data", data, "--tasks-dir", tasks, "--device", "cpu"),
+            *("--data", text, "--task-data", data, "--tasks-dir", tasks, "--device", device),
             *("--results", self.results, "--work", self.work, "--epochs", "1"),
             *("--arms", "softmax", "diff_v2", "--tune-seeds", "0", "1", "--preset", "demo"),
             *("--", *H.tiny_argv(text, base)),
@@ -92,25 +92,42 @@ class Sitting:
         real_runs.check(args)
         return args
 
+    def run(self, jobs: list[real_runs.Job], modules: Path) -> None:
+        """Stages in this process, as imports take long."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with own_modules_cache(modules) as patch:
+            patch.setattr(evaluator, "add_env_info", lambda results: None)
+            for job in jobs:
+                assert job.ready
+                assert self.main("--stage", job.name) == 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 @pytest.fixture(scope="module")
 def sitting(text_data, tmp_path_factory) -> Sitting:
-    """Done. Its first stage ran as a process of its own; the others here, as imports take long."""
+    """Done; its first stage as a process of its own, by the runner."""
     made = Sitting(tmp_path_factory.mktemp("sitting"), text_data)
     real_runs.open_sitting(made.args())
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with own_modules_cache(tmp_path_factory.mktemp("modules")) as patch:
-        patch.setattr(evaluator, "add_env_info", lambda results: None)
-        first, *others = real_runs.jobs_of(made.args())
-        runner = real_runs.Runner(made.args(), made.argv)
-        runner.waiting = [first]
-        assert runner.run() == real_runs.DONE, first.log.read_text()
-        for job in others:
-            assert job.ready
-            assert made.main("--stage", job.name) == 0
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    first, *others = real_runs.jobs_of(made.args())
+    runner = real_runs.Runner(made.args(), made.argv)
+    runner.waiting = [first]
+    assert runner.run() == real_runs.DONE, first.log.read_text()
+    made.run(others, tmp_path_factory.mktemp("modules"))
     return made
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(text_data, tmp_path):
+    """Trained on the CPU, as tests/test_gpu.py trains; everything after it on the GPU."""
+    made = Sitting(tmp_path, text_data, "cuda")
+    jobs = real_runs.jobs_of(made.args())
+    made.run(jobs, tmp_path / "modules")
+    for job in jobs:
+        assert real_runs.read(job.file)["stage"] == job.stage.name
+    zero = real_runs.read(made.results / "softmax_s0" / "zero.json")["result"]
+    assert zero["model"]["dtype"] == "bfloat16" and "NVIDIA" in zero["model"]["device"]
+    real_table.file([made.results], made.out, "Tiny", False)
 
 
 # ---- From training to tables --------------------------------------------------------------------
@@ -181,7 +198,6 @@ def test_filed(sitting):
     forms = {(row["form"], row["figure"]) for row in block["tuning"]}
     assert forms >= {("csqa_cloze", "accuracy"), ("csqa_head", "accuracy"), ("coqa", "F1")}
     assert len(said["sittings"][0]["files"]) == 2 * len(real_runs.STAGES)
-    assert not list(sitting.out.parents[1].glob("*/*/*/run.jsonl")) or board  # see below
     assert (sitting.out / "logs" / "s1_softmax_s0" / "run.jsonl").is_file()
 
 
