@@ -422,6 +422,8 @@ def verdict(sittings: list[Sitting]) -> str:
     fewest = min(map(len, seeds.values()))
     if fewest >= ENOUGH:
         return f"{fewest} pretraining seeds an arm or more: differences are pooled over them below."
+    if count == 1:
+        return "**One checkpoint**: it says nothing of what another arm or seed would give."
     number, arms = (NUMBERS.get(n, str(n)) for n in (count, len(seeds)))
     return (
         f"**{number} checkpoints, not {arms.lower()} architectures.** The unit of a claim about an "
