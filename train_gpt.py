@@ -3346,15 +3346,18 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, weights: dict[str, Tensor] | None = None) -> None:
         """A checkpoint after `done` steps; collective. The state is copied to the host's memory
-        now, and a thread writes it while training goes on."""
+        now, and a thread writes it while training goes on. `weights`: those of that step, where the
+        model has moved on since; such a checkpoint is to be used and not to be resumed."""
         self.end_save()
-        optimizer = self.trainer.optimizer.state_dict(self.world.main)
+        state = {"rng": torch.get_rng_state()}
+        if weights is None:
+            state["optimizer"] = self.trainer.optimizer.state_dict(self.world.main)
         if not self.world.main:
             return
-        model = {k: to_host(v.detach()) for k, v in self.trainer.model.state_dict().items()}
-        state = {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state()}
+        weights = weights or self.trainer.model.state_dict()
+        state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
         if self.world.cuda:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         at = self.steps[done - 1]

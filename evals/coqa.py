@@ -32,7 +32,10 @@ from variants import gpt2
 
 SPLITS = ("train_partial", "train", "dev400")
 ANSWER_TOKENS = 64  # a longer line is cut; the longest human answer of dev has 45 (GPT-2 tokens)
-BATCH_TOKENS = {"cuda": 131_072, "cpu": 8192}  # prompts and answers that are in the cache at once
+FIRST_TOKENS = 16  # by then most answers have ended; only the others are asked for more
+# Prompts and answers in the cache at once; on a GPU, as many as its memory has of these bytes, of
+# which a token's keys and values (12 layers of 768) are a fifth.
+CPU_BATCH_TOKENS, GPU_TOKEN_BYTES = 8192, 200_000
 DEV_TASK = "coqa_dev100"
 
 
@@ -144,12 +147,14 @@ def conversation(words: Words, story: Story, most: int) -> tuple[Document, list[
 
 
 class FirstLine(transformers.StoppingCriteria):
-    """A row is done at the first line end that follows something visible."""
+    """A row is done at the first line end that follows something visible. begun: [rows] bool, where
+    there was something visible before."""
 
-    def __init__(self, words: Words, rows: int, device: torch.device):
+    def __init__(self, words: Words, begun: torch.Tensor):
+        device = begun.device
         self.ends = torch.tensor([b"\n" in piece for piece in words.pieces], device=device)
         self.shows = torch.tensor([bool(piece.strip()) for piece in words.pieces], device=device)
-        self.begun = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.begun = begun
 
     def __call__(self, input_ids, scores, **_):
         last = input_ids[:, -1]
@@ -157,37 +162,78 @@ class FirstLine(transformers.StoppingCriteria):
         return self.begun & self.ends[last]
 
 
-@torch.no_grad()
+def has_ended(words: Words, said: np.ndarray) -> bool:
+    """Whether these tokens hold a whole answer, as FirstLine and end-of-text say."""
+    begun = False
+    for i in said:
+        begun |= bool(words.pieces[i].strip())
+        if i == words.eot or (begun and b"\n" in words.pieces[i]):
+            return True
+    return False
+
+
+def batch_tokens(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    return torch.cuda.get_device_properties(device).total_memory // GPU_TOKEN_BYTES
+
+
 def answers(
     model: transformers.PreTrainedModel, words: Words, prompts: Sequence[np.ndarray]
 ) -> list[str]:
     """The first line that the model writes after each prompt, greedily, at most ANSWER_TOKENS long.
-    Prompts of similar length share a batch, padded on the left."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    said, device, done = [""] * len(prompts), model.device, 0
+
+    A batch takes as many steps as its longest answer, and a step costs the same for few rows as for
+    many: so all are asked for FIRST_TOKENS, and those that have not ended for the rest.
+    """
+    said = [np.zeros(0, prompts[0].dtype) for _ in prompts]
+    going = list(range(len(prompts)))
+    for most in (FIRST_TOKENS, ANSWER_TOKENS - FIRST_TOKENS):
+        more = write_on(model, words, [prompts[i] for i in going], [said[i] for i in going], most)
+        for i, new in zip(going, more):
+            said[i] = np.append(said[i], new)
+        going = [i for i in going if not has_ended(words, said[i])]
+    return [coqa_score.first_line(words.text(ids.tolist())) for ids in said]
+
+
+@torch.no_grad()
+def write_on(
+    model: transformers.PreTrainedModel,
+    words: Words,
+    prompts: Sequence[np.ndarray],
+    said: Sequence[np.ndarray],
+    most: int,
+) -> list[np.ndarray]:
+    """Up to `most` tokens after each prompt and what was said to it, end-of-text after an answer's
+    end. Prompts of similar length share a batch, padded on the left."""
+    shown = [np.append(prompt, before) for prompt, before in zip(prompts, said)]
+    begun = [any(words.pieces[i].strip() for i in before) for before in said]
+    order = sorted(range(len(shown)), key=lambda i: len(shown[i]), reverse=True)
+    out, device, done = [np.zeros(0, np.int64)] * len(shown), model.device, 0
     while done < len(order):
-        longest = len(prompts[order[done]])
-        count = max(1, BATCH_TOKENS[device.type] // (longest + ANSWER_TOKENS))
+        longest = len(shown[order[done]])
+        count = max(1, batch_tokens(device) // (longest + most))
         some = order[done : done + count]
         ids = torch.full((len(some), longest), words.eot)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(some):
-            ids[row, longest - len(prompts[i]) :] = torch.from_numpy(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        out = model.generate(
+            ids[row, longest - len(shown[i]) :] = torch.from_numpy(shown[i])
+            mask[row, longest - len(shown[i]) :] = 1
+        stop = FirstLine(words, torch.tensor([begun[i] for i in some], device=device))
+        new = model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=most,
             eos_token_id=words.eot,
             pad_token_id=words.eot,
-            stopping_criteria=[FirstLine(words, len(some), device)],
+            stopping_criteria=[stop],
         )
-        for i, new in zip(some, out[:, longest:].tolist()):
-            said[i] = coqa_score.first_line(words.text(new))
+        for i, tokens in zip(some, new[:, longest:].cpu().numpy()):
+            out[i] = tokens
         done += len(some)
         progress(done, len(order))
-    return said
+    return out
 
 
 def progress(done: int, total: int) -> None:

@@ -10,8 +10,8 @@ DIR holds coqa/ (train_partial, validation) and commonsense_qa/ (train, validati
 train_gpt.py's own loop does the training, through its hooks: weights from the checkpoint, whole
 documents in rows, loss on answers alone. A seed is the order of the data and, where a task has a
 new vector, its start; nothing else is new. The held-out slice of train is looked at twice an epoch,
-and the weights of its best look are what is kept and scored (early stopping; the schedule is run to
-its end, for a later look may be better). Windows are those that an export of the checkpoint has.
+and the weights of its best look are what is saved and scored (early stopping; the schedule is run
+to its end, for a later look may be better). Windows are those that an export of the checkpoint has.
 
 OUT/TASK_sN are runs like any other: sample, look, export and finetune take them. Beside them:
 result.json, table.txt and, for each task, learning curves.
@@ -156,6 +156,7 @@ class Tuning:
         task.adapt(self.trainer)
         self.looks: list[dict] = []
         self.best = self.done = 0
+        self.kept: dict[str, torch.Tensor] = {}  # weights of the best look
 
     def new_model(self, cfg: T.Config, length: int, dtype: torch.dtype) -> nn.Module:
         """The loop's model: the seed starts nothing but what the task calls new."""
@@ -185,17 +186,20 @@ class Tuning:
         self.done = step.index + 1
 
     def look(self, trainer: T.Trainer, out: dict) -> None:
-        """Figures of the held-out slice, and a checkpoint where they are the best so far."""
+        """Figures of the held-out slice. Weights of the best ones are kept beside the model, for
+        writing them takes longer than the steps between two looks; the last look saves them."""
         window = T.windows(self.start.window, trainer.world.device)
         found = {"step": self.done, **self.task.look(trainer.model, window)}
         self.looks.append(found)
         if max(self.looks, key=self.task.rank) is found:  # of equal ones, max takes the first
             self.best = self.done
+            state = trainer.model.state_dict()
+            self.kept = {name: p.detach().clone() for name, p in state.items()}
         log, text = trainer.running.log, " ".join(f"{k}:{v:.4g}" for k, v in found.items())
         log.write("held_out", **found, best=self.best)
         log.say(f"held out: {text}" + (", the best" if self.best == self.done else ""))
-        if self.best == self.done:
-            trainer.running.save(self.done)
+        if self.done == len(trainer.steps):
+            trainer.running.save(self.best, self.kept)
 
     def entry(self, seed: int) -> dict:
         """What `lineage` tells of this tuning."""
@@ -206,7 +210,7 @@ class Tuning:
     def run(self, seed: int) -> dict:
         """Trains with this seed and scores the best look; its figures, for result.json. Writes
         RUN/items.json. NonFinite as the loop."""
-        self.looks, self.best, self.done = [], 0, 0
+        self.looks, self.best, self.done, self.kept = [], 0, 0, {}
         trainer, name = self.trainer, f"{self.task.name}_s{seed}"
         trainer.labels = {"finetuned": [*self.start.lineage, self.entry(seed)]}
         trainer.reset(seed, seed, run_id=name)
@@ -408,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         code, reason = T.EXIT_CODES["memory"], "out of GPU memory"
     except KeyboardInterrupt:
-        code, reason = 130, "interrupted; what was kept so far is in the run folders"
+        code, reason = 130, "interrupted; finished seeds are in their run folders"
     print(f"finetune: {reason}", file=sys.stderr)
     return code
 

@@ -249,7 +249,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", nargs="+", type=int, default=[0, 5], metavar="N", help="examples shown (0 5)")
     add("--tasks-dir", default="", metavar="DIR", help="task files with their data: no network")
     add("--limit", type=int, default=0, metavar="N", help="the first N items of a task (0: all)")
-    add("--batch-size", default="16", metavar="N", help="(16; auto: as many as fit)")
+    add("--batch-size", default="16", metavar="N", help="(16; auto: so many tokens)")
     shown = "tokens of prompt and answer shown to a model (0: 1,024, or 4,096 bytes)"
     add("--max-length", type=int, default=0, metavar="N", help=shown)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")

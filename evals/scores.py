@@ -6,14 +6,17 @@ HF_HUB_OFFLINE before.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lm_eval
+import lm_eval.utils
 import torch
 import transformers
 from lm_eval.api.task import Task
@@ -26,6 +29,11 @@ from evals.configuration_nca import NCAConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# `auto` batches: tokens times vocabulary times LOGIT_BYTES, what the harness and a softcap hold of
+# a call's logits at once, fill this share of the GPU's memory. Other processes may want the rest.
+SHARE, LOGIT_BYTES = 0.2, 20
+CPU_TOKENS = 4096
+WRITING = 12  # times as many tokens fit where only the last position has logits, beside the cache
 
 
 # ---- Tasks --------------------------------------------------------------------------------------
@@ -50,12 +58,21 @@ def find_tasks(folder: str, wanted: list[str]) -> Tasks:
         raise T.InputError(f"--tasks-dir {folder}: there is no such folder")
     for name in ("lm_eval", "transformers", "datasets"):  # they warn of what is meant
         logging.getLogger(name).setLevel(logging.ERROR)
+    compile_templates_once()
     manager = TaskManager(include_path=folder or None, include_defaults=not folder)
     where = folder or "the Evaluation Harness"
     names = {name: task_name(manager.all_subtasks, name, where) for name in wanted}
     if len(set(names.values())) < len(names):
         raise T.InputError(f"--tasks {' '.join(wanted)}: two of them are the same task")
     return Tasks(manager, {name: load_task(manager, full) for name, full in names.items()})
+
+
+def compile_templates_once() -> None:
+    """The harness compiles a task's templates anew for every item, which takes longer than asking
+    the model does."""
+    env = lm_eval.utils.env
+    if not hasattr(env.from_string, "cache_info"):
+        env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)
 
 
 def task_name(have: list[str], wanted: str, where: str) -> str:
@@ -85,11 +102,58 @@ def load_task(manager: TaskManager, name: str) -> Task:
 
 
 class LM(HFLM):
-    """A Hugging Face folder in the harness; keeps in mind which prompts were cut to fit."""
+    """A Hugging Face folder in the harness; keeps in mind which prompts were cut to fit.
+
+    Batch size `auto` is a number of tokens, not of rows: items are sorted by length, and those of
+    HellaSwag are a tenth as long as the longest of BoolQ.
+    """
 
     def __init__(self, folder: Path, **kwargs):
         super().__init__(pretrained=str(folder), add_bos_token=True, **kwargs)
         self.cut: set[tuple[str, str]] = set()
+        self.known: dict[str, list[int]] = {}  # tokens of the texts that are being asked
+        self.chunk = 0, 0  # first request of the present batch, and its rows
+
+    @property
+    def call_tokens(self) -> int:
+        """Tokens of an `auto` batch."""
+        if self.device.type != "cuda":
+            return CPU_TOKENS
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return int(SHARE * memory / LOGIT_BYTES / self.model.config.vocab_size)
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence) -> int:
+        """Rows of the batch that request `pos` is in; the harness asks for one after the other, the
+        longest first."""
+        first, rows = self.chunk
+        if pos == 0 or pos >= first + rows:
+            _, context, answer = n_reordered_requests[pos]
+            longest = min(len(context) + len(answer), self.max_length)
+            self.chunk = pos, max(1, self.call_tokens // longest)
+        return self.chunk[1]
+
+    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
+        """Rows of an `auto` batch that writes text: none is longer than max_length."""
+        return max(1, WRITING * self.call_tokens // self.max_length)
+
+    def loglikelihood(self, requests, **kwargs):
+        """All texts are tokenized in one go: one by one takes longer than asking the model does."""
+        pairs = [request.args for request in requests]
+        texts = dict.fromkeys(t for c, a in pairs if c for t in (c.rstrip(), c + a))
+        start = self.tokenizer.decode(self.prefix_token_id)
+        texts = [text for text in texts if text and not text.startswith(start)]
+        if texts:
+            found = self.tokenizer(texts, add_special_tokens=self.add_bos_token)["input_ids"]
+            self.known = dict(zip(texts, found))
+        try:
+            return super().loglikelihood(requests, **kwargs)
+        finally:
+            self.known = {}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs):
+        if add_special_tokens is None and string in self.known:
+            return self.known[string]
+        return super().tok_encode(string, add_special_tokens, **kwargs)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
         for texts, context, answer in requests:

@@ -296,15 +296,17 @@ def test_answers_are_greedy_whatever_the_batch(pair, monkeypatch):
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 200, 8)
     prompts = [np.append(256, rng.integers(32, 127, n)).astype(np.int32) for n in lengths]
-    monkeypatch.setitem(coqa.BATCH_TOKENS, "cpu", 700)
+    monkeypatch.setattr(coqa, "CPU_BATCH_TOKENS", 700)
     got = coqa.answers(theirs, WORDS, prompts)
     assert got == [coqa.answers(theirs, WORDS, [p])[0] for p in prompts]
+    monkeypatch.setattr(coqa, "FIRST_TOKENS", 3)  # nearly all are gone on with
+    assert got == coqa.answers(theirs, WORDS, prompts)
     assert got == [greedy(ours, p) for p in prompts]
     assert len(set(got)) > 4
 
 
 def test_a_line_ends_after_something_visible():
-    rule = coqa.FirstLine(WORDS, 3, torch.device("cpu"))
+    rule = coqa.FirstLine(WORDS, torch.zeros(3, dtype=torch.bool))
     rows = ["\n \nab\nc", "x y\n\n\n.", "abcdefg"]
     done = [
         rule(torch.tensor([[*r[:n]] for r in map(str.encode, rows)]), None) for n in range(1, 8)
@@ -312,6 +314,17 @@ def test_a_line_ends_after_something_visible():
     ended = torch.stack(done).int()
     first = [int(e.argmax()) if e.any() else None for e in ended.T]
     assert first == [5, 3, None]  # the third line of the first row is its first with a letter
+    again = coqa.FirstLine(WORDS, torch.tensor([True]))  # of an answer that is gone on with
+    assert again(torch.tensor([[10]]), None).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    "said, ended",
+    [("\n \nab\nc", True), ("x\n", True), ("\n\n ", False), ("abc", False), ("", False)],
+)
+def test_an_answer_that_has_ended_is_not_gone_on_with(said, ended):
+    assert coqa.has_ended(WORDS, np.frombuffer(said.encode(), np.uint8)) == ended
+    assert coqa.has_ended(WORDS, np.array([*said.encode(), 256]))  # end-of-text
 
 
 # ---- The Harness's task of the held-out stories -------------------------------------------------

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval")
 
 from lm_eval import evaluator
+from lm_eval.models.utils import Collator
 from test_export import checkpoint
 from test_hellaswag import own_modules_cache
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -238,6 +239,34 @@ def test_lambada_is_run_behind_end_of_text_and_without(sitting):
     settings = [(r["task"], r["bos"]) for r in sitting.scores("gpt2-tiny")["results"]]
     bare = [task for task, bos in settings if not bos]
     assert bare == ["lambada_tiny"] * 2  # in both shots
+
+
+def test_auto_batches_hold_so_many_tokens(monkeypatch):
+    """Requests come sorted, the longest first; the harness asks for each one which batch it ends.
+    Everything is asked once, no batch is above the budget unless a single request is."""
+    lm = object.__new__(scores.LM)
+    lm.chunk = 0, 0
+    monkeypatch.setattr(scores.LM, "call_tokens", 100)
+    monkeypatch.setattr(scores.LM, "max_length", 60)
+    lengths = [70, 60, 50, 33, 33, 33, 20, *[9] * 30]
+    requests = [(None, [0] * (n - 1), [0]) for n in lengths]
+    chunks = [*Collator.get_chunks(requests, fn=lm._batch_scheduler)]
+    assert [r for chunk in chunks for r in chunk] == requests
+    assert [len(chunk) for chunk in chunks] == [1, 1, 2, 3, 11, 11, 8]
+    again = [*Collator.get_chunks(requests[-5:], fn=lm._batch_scheduler)]  # of another task
+    assert [len(chunk) for chunk in again] == [5]
+    assert lm._detect_batch_size() == scores.WRITING * 100 // 60
+
+
+def test_auto_batches_and_texts_tokenized_at_once_change_nothing(sitting, tmp_path):
+    argv = sitting.argv(sitting.folder, "--shots", 0, "--batch-size", "auto", out=tmp_path / "out")
+    assert harness.main(argv) == 0
+    path = tmp_path / "out" / "gpt2-tiny.scores.json"
+    for found in json.loads(path.read_text())["results"]:
+        before = sitting.result("gpt2-tiny", found["task"], 0, found["bos"])
+        assert found["keys"] == before["keys"]
+        for a, b in zip(found.get("log_likelihoods", []), before.get("log_likelihoods", [])):
+            assert a == pytest.approx(b, abs=1e-3)
 
 
 def test_generated_answers_have_no_bits(sitting):

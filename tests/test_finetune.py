@@ -308,22 +308,33 @@ def test_windows_are_the_exports(base, data, tmp_path):
 
 
 def test_resumed_is_as_if_never_stopped(base, data, tmp_path, monkeypatch):
-    """From the kept checkpoint of the second of five looks, through the same hooks, the last
-    weights are the same bits."""
+    """From a checkpoint on the way (what is kept of the best look has no optimizer), through the
+    same hooks, the last weights are the same bits."""
     words = ("--epochs", "3", "--lr", "0.5")
     tuning = tuning_of(base, data, tmp_path, "coqa", *words)
-    seen = scripted(tuning, monkeypatch, [3.0, 1.0])
-    result = tuning.run(4)
+    tuning.trainer.cfg = tuning.trainer.cfg.with_(save_every=2, keep=9)
+    seen = scripted(tuning, monkeypatch, [1.0])
+    tuning.run(4)
     shutil.rmtree(tmp_path / "tokens")
     shutil.move(tmp_path / "coqa_s4", tmp_path.parent / "kept")
     again = tuning_of(base, data, tmp_path, "coqa", *words)
     after = scripted(again, monkeypatch, [])
-    again.done = result["best_step"]
+    again.done = 2
     again.trainer.reset(4, 4)
-    again.trainer.cfg = again.trainer.cfg.with_(resume=str(tmp_path.parent / "kept"))
+    halfway = tmp_path.parent / "kept" / "ckpt" / "step_00000002"
+    again.trainer.cfg = again.trainer.cfg.with_(resume=str(halfway))
     again.trainer.run()
     assert len(after) == 3
     assert same(after[-1], seen[-1])
+
+
+def test_what_is_kept_cannot_be_resumed(base, data, tmp_path):
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "1")
+    tuning.run(0)
+    tuning.trainer.reset(0, 0)
+    tuning.trainer.cfg = tuning.trainer.cfg.with_(resume=str(tmp_path / "coqa_s0"))
+    with pytest.raises(T.InputError, match="does not fit"):
+        tuning.trainer.run()
 
 
 # ---- The command --------------------------------------------------------------------------------
