@@ -82,7 +82,8 @@ def knob(default, help: str):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is computed. Every field is also a key of an arm: `softmax,mlp=3456,mlp_layers=0+4`."""
+    """What is computed. Every field is also a key of an arm, `softmax,mlp=3456,mlp_layers=0+4`, as
+    are OptimConfig's and those of ARM_ALSO: so compare can take away or add any idea."""
 
     arm: str = knob(
         "softmax",
@@ -318,14 +319,18 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
+ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel")  # keys of arms, beside those
+
+
 def parse_arm(spec: str) -> tuple[str, dict]:
-    """`NAME[,key=value...]` -> (NAME, fields of ModelConfig). Lists are joined by `+`."""
+    """`NAME[,key=value...]` -> (NAME, fields of Config). Lists are joined by `+`."""
     name, *pairs = spec.split(",")
     keys = {}
     for pair in pairs:
         key, eq, text = pair.partition("=")
-        if not eq or FLAGS.get(key, ("",))[0] != "model" or key == "arm":
-            raise InputError(f"arm {spec!r}: {pair!r} is no key=value of the model's settings")
+        part = FLAGS.get(key, ("",))[0]
+        if not eq or key == "arm" or (part not in ("model", "optim") and key not in ARM_ALSO):
+            raise InputError(f"arm {spec!r}: {pair!r} is no key=value of model or optimizer")
         keys[key] = parse_value(key, text)
     return name, keys
 
@@ -3517,10 +3522,15 @@ def mark_running(folder: Path) -> None:
     put_exit(folder, None, "running, or killed")
 
 
+def has_log(folder: Path) -> bool:
+    """Whether a run's log lies there, also as `./run.sh records --pack` leaves it."""
+    return any((folder / name).exists() for name in ("run.jsonl", "run.jsonl.xz"))
+
+
 def refuse_held(folder: Path) -> None:
     """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
     mine = restarts() > 0 and read_exit(folder).get("job") == job()
-    if (folder / "run.jsonl").exists() and not mine:
+    if has_log(folder) and not mine:
         raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
 
 
@@ -3566,7 +3576,7 @@ def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> 
     if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         after = dict(itertools.pairwise(argv))
         folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
-        if (folder / "run.jsonl").exists():  # another run's: nothing is written over
+        if has_log(folder):  # another run's: nothing is written over
             return
         folder.mkdir(parents=True, exist_ok=True)
     if folder is None or not folder.is_dir():

@@ -344,7 +344,7 @@ def write(done: Exported, words, card: str, folder: Path) -> None:
 def run_of(path: str | Path) -> logs.Run | None:
     """The run that a checkpoint belongs to, or None where its log is not beside it."""
     folder = T.find_checkpoint(path).parents[1]
-    if not (folder / "run.jsonl").is_file():
+    if not logs.log_of(folder).is_file():
         return None
     try:
         return logs.load_run(folder)

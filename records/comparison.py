@@ -141,8 +141,9 @@ def with_controls(
 ) -> tuple[dict[str, T.Config], dict[str, str]]:
     """The configs with missing controls at the end, and {arm: its control}."""
 
-    def computes(cfg: T.Config) -> T.ModelConfig:
-        return dataclasses.replace(cfg.model, arm=T.parse_arm(cfg.model.arm)[0])
+    def computes(cfg: T.Config) -> tuple:
+        model = dataclasses.replace(cfg.model, arm=T.parse_arm(cfg.model.arm)[0])
+        return model, cfg.optim, cfg.schedule, cfg.run
 
     configs, controls = dict(configs), {}
     for arm, cfg in list(configs.items()):

@@ -76,8 +76,9 @@ def log_of(folder: Path) -> Path:
 
 
 def logs_in(folder: str | Path, below: str = "*") -> list[Path]:
-    """Logs of all runs in folders that match `below`, plain or packed."""
-    return sorted(p for name in (LOG, PACKED) for p in Path(folder).glob(f"{below}/{name}"))
+    """Logs of all runs in folders that match `below`, plain or packed: one a folder."""
+    found = (p.parent for name in (LOG, PACKED) for p in Path(folder).glob(f"{below}/{name}"))
+    return [log_of(run) for run in sorted(set(found))]
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
@@ -95,11 +96,15 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def pack(folder: str | Path) -> int:
-    """Packs every run.jsonl below a folder (xz, a fifth of the size); returns how many. The lines
-    and their hashes stay what they are, so everything reads them as before."""
-    found = sorted(Path(folder).rglob(LOG))
-    for path in found:
+    """Packs the logs below a folder (xz, a fifth of the size), of runs that have ended or were set
+    aside; returns how many. Lines and hashes stay what they are, so a record's readers see no
+    difference; a run that is to go on needs its plain log."""
+    found = []
+    for path in sorted(Path(folder).rglob(LOG)):
         data, to = path.read_bytes(), path.with_name(PACKED)
+        if b'{"t": "end"' not in data and "aside" not in path.parts:
+            continue
+        found.append(path)
         half = to.with_suffix(".half")
         half.write_bytes(lzma.compress(data, preset=9))
         os.replace(half, to)

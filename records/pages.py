@@ -23,9 +23,14 @@ Timed runs to a validation loss, and matched comparisons of attention. What coun
 [LAB_LOG.md](LAB_LOG.md). Losses are nats a token; seconds are those of training; brackets hold 95 %
 intervals, and ± is one standard deviation between runs."""
 FOOT = """
-Differences are nats a token at equal tokens, negative where the arm is better. It also wins at
-equal time where it takes less extra time than "may cost" says. A screen has few blocks: it shows
-what to test, and decides nothing."""
+Differences are nats a token at equal tokens, negative where the arm is better. A screen has few
+blocks: it shows what to test, and decides nothing."""
+MAY_COST = """
+An arm also wins at equal time where it takes less extra time than "may cost" says; the intervals
+of that leave out the error of the slope that it takes."""
+LONGEST = """
+The longest runs so far:
+"""
 
 Row = dict[str, str]  # column -> cell; a column whose name ends in `:` holds numbers
 
@@ -301,22 +306,25 @@ def front_row(filed: Filed, pair: dict) -> Row:
     }
 
 
-def front_runs(board: Board) -> list[Row]:
-    """Single runs on GPUs, for as long as nothing better is filed."""
+def front_runs(board: Board) -> list[tuple[Filed, Row]]:
+    """Every arm of every folder with runs on GPUs."""
     return [
-        {
-            "track": f.claim["track"],
-            "preset": f.figures["preset"],
-            "arm": f"`{arm}`",
-            "tokens:": millions(full_schedule(f)["tokens"]),
-            "n:": str(a["n"]),
-            "loss:": f"`{f.figures['metric']}` {number(a['loss']['value'], '.4f')}",
-            "train s:": number(a["train_s"]["mean"], ".1f"),
-            "tokens/s:": number(a["tokens_per_s"], ",.0f"),
-            "GB:": number(a["peak_alloc"], ".1f", 1e-9),
-            "machine": ", ".join(f.figures["machines"]),
-            "from": f"[{kind(f)}](records/{place(f)})",
-        }
+        (
+            f,
+            {
+                "track": f.claim["track"],
+                "preset": f.figures["preset"],
+                "arm": f"`{arm}`",
+                "tokens:": millions(full_schedule(f)["tokens"]),
+                "n:": str(a["n"]),
+                "loss:": f"`{f.figures['metric']}` {number(a['loss']['value'], '.4f')}",
+                "train s:": number(a["train_s"]["mean"], ".1f"),
+                "tokens/s:": number(a["tokens_per_s"], ",.0f"),
+                "GB:": number(a["peak_alloc"], ".1f", 1e-9),
+                "machine": ", ".join(f.figures["machines"]),
+                "from": f"[{kind(f)}](records/{place(f)})",
+            },
+        )
         for f in filter(on_gpu, board.all)
         if f.claim["kind"] != "note"
         for arm, a in full_schedule(f)["arms"].items()
@@ -326,10 +334,19 @@ def front_runs(board: Board) -> list[Row]:
 def figures(board: Board) -> str:
     """What stands between README.md's markers."""
     lines, rows = headlines(board), [front_row(*pair) for pair in front_pairs(board)]
+    single = front_runs(board)
     if rows:
-        lines += [*table(rows), FOOT]
+        costs = any(row["may cost, %:"] for row in rows)
+        if not costs:
+            rows = [{k: v for k, v in row.items() if k != "may cost, %:"} for row in rows]
+        lines += [*table(rows), FOOT, *([MAY_COST] if costs else [])]
+        most: dict[str, int] = {}
+        for f, row in single:
+            most[row["track"]] = max(most.get(row["track"], 0), full_schedule(f)["tokens"])
+        longest = [r for f, r in single if full_schedule(f)["tokens"] == most[r["track"]]]
+        lines += [LONGEST, *table(longest)]
     if not lines:
-        single = front_runs(board)
+        single = [row for _, row in single]
         lines = [*table(single), ONLY_SINGLE_RUNS] if single else [NOTHING]
     return "\n".join(lines) + "\n"
 

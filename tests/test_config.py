@@ -304,6 +304,17 @@ def test_the_command_line_is_the_config():
     assert T.parse_args(["--preset", "demo", "--arm", "softmax,gate=false"]).model.gate is False
 
 
+def test_an_arm_may_carry_settings_of_the_optimizer():
+    """What compare's ablations are made of; the arm's own keys win over flags."""
+    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,bigram=640,mtp=true", "--normuon", "0.5"])
+    assert (cfg.optim.normuon, cfg.model.bigram, cfg.schedule.mtp) == (0.95, 640, True)
+    assert T.config_from_flat(cfg.flat()) == cfg
+    plain = T.parse_args(["--bigram", "640", "--mtp", "--normuon", "0.95"])
+    assert cfg.with_(arm="softmax") == plain
+    with pytest.raises(T.InputError, match="'tokens=5' is no key=value of model or optimizer"):
+        T.parse_args(["--arm", "softmax,tokens=5"])
+
+
 def test_configs_are_frozen_and_presets_untouched():
     before = repr(T.PRESETS)
     cfg = T.make_config("demo", n_layer=3)
