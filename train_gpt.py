@@ -1188,170 +1188,6 @@ class Documents:
     caps: tuple[int, ...] = (NO_LIMIT,)  # on that of heads n, n + len(caps), n + 2 len(caps), ...
 
 
-@torch.library.custom_op("nca::document_bounds", mutates_args=())
-def document_bounds(docs: Tensor, limits: Tensor) -> Tensor:
-    """docs [B, T] -> int32 [N + 1]: where each row's documents start, then N to the end. A shape
-    that holds as many documents as there are tokens: how many there are is no matter of a graph.
-
-    limits: as in `Documents`; the device stops the process where the third is too small.
-    """
-    assert limits.device.type == "cpu" and limits.shape == (3,), "FlashAttention-4's limits"
-    first = starts_of(docs).flatten()
-    n = first.numel()
-    at = torch.arange(n, dtype=torch.int32, device=docs.device)
-    slot = torch.where(first, first.cumsum(0) - 1, n)
-    bounds = at.new_full((n + 1,), n).scatter_(0, slot, torch.where(first, at, n))
-    torch._assert_async(bounds[min(int(limits[2]), n)] == n, "more documents than limits say")
-    return bounds
-
-
-@document_bounds.register_fake
-def _(docs, limits):
-    return docs.new_empty((docs.numel() + 1,))
-
-
-FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
-FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
-
-
-@functools.cache
-def fa4_kernels() -> tuple[Callable, Callable]:
-    """FlashAttention-4's own forward and backward, which compile themselves for what they first
-    meet. Raises InputError where the package is missing, too old or broken."""
-    try:
-        version = importlib.metadata.version("flash-attn-4")
-        if torch.torch_version.TorchVersion(version) < FA4_OLDEST:
-            raise ImportError(f"{version} is too old")
-        interface = importlib.import_module("flash_attn.cute.interface")
-        return interface._flash_attn_fwd, interface._flash_attn_bwd
-    except Exception as e:  # its own packages fail in their own ways
-        raise InputError(
-            f"--attention fa4 needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer "
-            f"({type(e).__name__}: {e}); --attention flex needs nothing"
-        ) from None
-
-
-def fa4_arguments(bounds: Tensor, limits: Tensor, which: int, cap: int) -> dict:
-    """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
-    left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
-    documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
-    cut = bounds[: documents + 1]
-    left = min(int(limits[which]), cap) - 1
-    spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
-    return {"cu_seqlens_q": cut, "cu_seqlens_k": cut, **spans}
-
-
-@torch.library.custom_op("nca::fa4", mutates_args=())
-def fa4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Tensor,
-    limits: Tensor,
-    which: int,
-    cap: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """q [N, Hq, D], k and v [N, Hkv, D], bfloat16 -> (y [N, Hq, D], lse [Hq, N] fp32).
-
-    bounds, limits, which: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
-    dq, and dk and dv of grouped heads, in any order: equal runs differ in the last bits.
-    """
-    forward, _ = fa4_kernels()
-    q, k, v = (t.detach() for t in (q, k, v))
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.size(1), q.size(0)), dtype=torch.float32, device=q.device)
-    spans = fa4_arguments(bounds, limits, which, cap)
-    forward(q, k, v, out=y, lse=lse, softmax_scale=scale, **spans)
-    return y, lse
-
-
-@fa4.register_fake
-def _(q, k, v, bounds, limits, which, cap, scale):
-    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
-
-
-@torch.library.custom_op("nca::fa4_backward", mutates_args=())
-def fa4_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    bounds: Tensor,
-    limits: Tensor,
-    which: int,
-    cap: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `fa4` by q, k and v."""
-    _, backward = fa4_kernels()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    spans = fa4_arguments(bounds, limits, which, cap)
-    backward(q, k, v, y, dy, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **spans)
-    return dq, dk, dv
-
-
-@fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, bounds, limits, which, cap, scale):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
-
-
-def fa4_save(ctx, inputs, output) -> None:
-    q, k, v, bounds, limits, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds, limits)
-
-
-def fa4_gradients(ctx, dy: Tensor, _) -> tuple:
-    return *fa4_backward(dy, *ctx.saved_tensors, *ctx.rest), *[None] * 5
-
-
-fa4.register_autograd(fa4_gradients, setup_context=fa4_save)
-
-
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: float) -> Tensor:
-    """`attend` by FlashAttention-4: a call for each cap, on the heads that have it."""
-    flat_k, flat_v, n = k.flatten(0, 1), v.flatten(0, 1), len(mask.caps)
-    parts = []
-    for i, cap in enumerate(mask.caps):
-        part = q[:, :, i::n].flatten(0, 1)
-        spans = (mask.bounds, mask.limits, mask.which, cap)
-        parts.append(fa4(part, flat_k, flat_v, *spans, scale)[0])
-    y = parts[0] if n == 1 else torch.stack(parts, dim=2).flatten(1, 2)
-    return y.unflatten(0, q.shape[:2])
-
-
-FA4_ERROR = 0.01  # ||got - want|| / ||want||: rounding to bfloat16 is 0.002 to 0.003 on any path
-
-
-def check_fa4(heads_q: int, heads_kv: int, caps: tuple[int, ...], device: torch.device) -> None:
-    """Forward and backward on this card against a dense mask in fp32: two windows, one narrow
-    enough for a token too many to show, with few documents and with many, which are other kernels.
-    Raises InputError. Rare races it cannot see: tests/test_fa4.py repeats for that."""
-    length, gen = 1024, torch.Generator().manual_seed(0)
-    shapes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
-    *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in shapes)
-    for mean, window in ((150, 37), (600, 333), (3, 333)):
-        docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
-        limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
-        docs = docs.to(device)
-        spans = Documents(document_bounds(docs, limits), limits, 0, caps)
-        by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
-        results = []
-        for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
-            leaves = [t.to(dtype).requires_grad_() for t in qkv]
-            y = attend(*leaves, Context(mask, {}, lambda dim: 15.36 / dim))
-            grads = torch.autograd.grad(y, leaves, dy.to(dtype))
-            results.append([t.detach().float() for t in (y, *grads)])
-        off = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
-        if not all(e < FA4_ERROR for e in off):  # a NaN is refused too
-            raise InputError(
-                f"--attention fa4 computes wrongly on this card ({heads_q} heads on {heads_kv}, "
-                f"window {window}: y, dq, dk, dv are off by {off}): use --attention flex"
-            )
-
-
 class Arm(nn.Module):
     """The attention of one layer, up to the output projection. Subclass this for your own.
 
@@ -3654,7 +3490,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
 
 
 # ---- 11. Kernels --------------------------------------------------------------------------------
-# Off by default. What each replaces, and is tested against, stands in sections 3 and 5.
+# Off by default. What each replaces, and is tested against, stands in sections 3 to 5.
 
 jit = triton.jit if triton else lambda function: function
 
@@ -3977,6 +3813,170 @@ def loss_kernel_works(device: torch.device) -> bool:
     want, exact = losses_and_grad(z, targets, 30.0)
     close = (grad.float() * G8_SCALE - exact).norm() < 0.1 * exact.norm()
     return bool(close & ((losses - want).abs().max() < 1e-3) & (grad.t().float() == turned).all())
+
+
+@torch.library.custom_op("nca::document_bounds", mutates_args=())
+def document_bounds(docs: Tensor, limits: Tensor) -> Tensor:
+    """docs [B, T] -> int32 [N + 1]: where each row's documents start, then N to the end. A shape
+    that holds as many documents as there are tokens: how many there are is no matter of a graph.
+
+    limits: as in `Documents`; the device stops the process where the third is too small.
+    """
+    assert limits.device.type == "cpu" and limits.shape == (3,), "FlashAttention-4's limits"
+    first = starts_of(docs).flatten()
+    n = first.numel()
+    at = torch.arange(n, dtype=torch.int32, device=docs.device)
+    slot = torch.where(first, first.cumsum(0) - 1, n)
+    bounds = at.new_full((n + 1,), n).scatter_(0, slot, torch.where(first, at, n))
+    torch._assert_async(bounds[min(int(limits[2]), n)] == n, "more documents than limits say")
+    return bounds
+
+
+@document_bounds.register_fake
+def _(docs, limits):
+    return docs.new_empty((docs.numel() + 1,))
+
+
+FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
+FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
+
+
+@functools.cache
+def fa4_kernels() -> tuple[Callable, Callable]:
+    """FlashAttention-4's own forward and backward, which compile themselves for what they first
+    meet. Raises InputError where the package is missing, too old or broken."""
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+        if torch.torch_version.TorchVersion(version) < FA4_OLDEST:
+            raise ImportError(f"{version} is too old")
+        interface = importlib.import_module("flash_attn.cute.interface")
+        return interface._flash_attn_fwd, interface._flash_attn_bwd
+    except Exception as e:  # its own packages fail in their own ways
+        raise InputError(
+            f"--attention fa4 needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer "
+            f"({type(e).__name__}: {e}); --attention flex needs nothing"
+        ) from None
+
+
+def fa4_arguments(bounds: Tensor, limits: Tensor, which: int, cap: int) -> dict:
+    """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
+    left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
+    documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
+    cut = bounds[: documents + 1]
+    left = min(int(limits[which]), cap) - 1
+    spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
+    return {"cu_seqlens_q": cut, "cu_seqlens_k": cut, **spans}
+
+
+@torch.library.custom_op("nca::fa4", mutates_args=())
+def fa4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    limits: Tensor,
+    which: int,
+    cap: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [N, Hq, D], k and v [N, Hkv, D], bfloat16 -> (y [N, Hq, D], lse [Hq, N] fp32).
+
+    bounds, limits, which: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
+    dq, and dk and dv of grouped heads, in any order: equal runs differ in the last bits.
+    """
+    forward, _ = fa4_kernels()
+    q, k, v = (t.detach() for t in (q, k, v))
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.size(1), q.size(0)), dtype=torch.float32, device=q.device)
+    spans = fa4_arguments(bounds, limits, which, cap)
+    forward(q, k, v, out=y, lse=lse, softmax_scale=scale, **spans)
+    return y, lse
+
+
+@fa4.register_fake
+def _(q, k, v, bounds, limits, which, cap, scale):
+    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op("nca::fa4_backward", mutates_args=())
+def fa4_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    limits: Tensor,
+    which: int,
+    cap: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fa4` by q, k and v."""
+    _, backward = fa4_kernels()
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    spans = fa4_arguments(bounds, limits, which, cap)
+    backward(q, k, v, y, dy, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **spans)
+    return dq, dk, dv
+
+
+@fa4_backward.register_fake
+def _(dy, q, k, v, y, lse, bounds, limits, which, cap, scale):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def fa4_save(ctx, inputs, output) -> None:
+    q, k, v, bounds, limits, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, limits)
+
+
+def fa4_gradients(ctx, dy: Tensor, _) -> tuple:
+    return *fa4_backward(dy, *ctx.saved_tensors, *ctx.rest), *[None] * 5
+
+
+fa4.register_autograd(fa4_gradients, setup_context=fa4_save)
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: float) -> Tensor:
+    """`attend` by FlashAttention-4: a call for each cap, on the heads that have it."""
+    flat_k, flat_v, n = k.flatten(0, 1), v.flatten(0, 1), len(mask.caps)
+    parts = []
+    for i, cap in enumerate(mask.caps):
+        part = q[:, :, i::n].flatten(0, 1)
+        spans = (mask.bounds, mask.limits, mask.which, cap)
+        parts.append(fa4(part, flat_k, flat_v, *spans, scale)[0])
+    y = parts[0] if n == 1 else torch.stack(parts, dim=2).flatten(1, 2)
+    return y.unflatten(0, q.shape[:2])
+
+
+FA4_ERROR = 0.01  # ||got - want|| / ||want||: rounding to bfloat16 is 0.002 to 0.003 on any path
+
+
+def check_fa4(heads_q: int, heads_kv: int, caps: tuple[int, ...], device: torch.device) -> None:
+    """Forward and backward on this card against a dense mask in fp32: two windows, one narrow
+    enough for a token too many to show, with few documents and with many, which are other kernels.
+    Raises InputError. Rare races it cannot see: tests/test_fa4.py repeats for that."""
+    length, gen = 1024, torch.Generator().manual_seed(0)
+    shapes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
+    *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in shapes)
+    for mean, window in ((150, 37), (600, 333), (3, 333)):
+        docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
+        limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
+        docs = docs.to(device)
+        spans = Documents(document_bounds(docs, limits), limits, 0, caps)
+        by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
+        results = []
+        for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
+            leaves = [t.to(dtype).requires_grad_() for t in qkv]
+            y = attend(*leaves, Context(mask, {}, lambda dim: 15.36 / dim))
+            grads = torch.autograd.grad(y, leaves, dy.to(dtype))
+            results.append([t.detach().float() for t in (y, *grads)])
+        off = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+        if not all(e < FA4_ERROR for e in off):  # a NaN is refused too
+            raise InputError(
+                f"--attention fa4 computes wrongly on this card ({heads_q} heads on {heads_kv}, "
+                f"window {window}: y, dq, dk, dv are off by {off}): use --attention flex"
+            )
 
 
 if __name__ == "__main__":
