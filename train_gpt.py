@@ -2596,6 +2596,9 @@ class Clock:
         return self.seconds + time.perf_counter() - self.mark
 
 
+KERNELS = ("fp8", "fa4", "mlp_kernel", "loss_kernel")  # what may fall back on plain PyTorch
+
+
 class Trainer:
     """A model, its optimizer, its data and its compiled graphs.
 
@@ -2684,40 +2687,50 @@ class Trainer:
             self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
-        # FlashAttention-4's backward adds in any order; FlexAttention's does not.
-        self.fa4 = cfg.run.attention == "fa4" and not cfg.run.deterministic
-        if self.fa4:
-            self.try_fa4()
-            self.model.fa4 = True
-        self.fp8 = cfg.run.fp8 and self.dtype == torch.bfloat16 and fp8_works(world.device)
-        compiled = cfg.run.compile
-        bf16, cap = self.dtype == torch.bfloat16, self.model.softcap
-        mlp = cfg.run.mlp_kernel and bf16 and mlp_kernel_works(world.device)
+        self.kernels = self.choose_kernels()
+        self.fp8, self.fa4, mlp, loss = (self.uses(name) for name in KERNELS)
+        self.model.fa4 = self.fa4
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused = mlp
-        asked = cfg.run.loss_kernel and self.fp8 and bool(cap)
-        loss = asked and loss_kernel_works(world.device)
-        self.kernels = {"mlp_kernel": mlp, "loss_kernel": loss}
+        compiled, cap = cfg.run.compile, self.model.softcap
         self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss)
         self.forward = self.model
         if compiled:
             configure_compiler()
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
 
-    def try_fa4(self) -> None:
-        """Every shape that the arms have, once; raises InputError where this machine cannot."""
-        world = self.world
-        if not world.cuda or torch.cuda.get_device_capability(world.device)[0] != 9:
-            raise InputError(
-                "--attention fa4 is for Hopper GPUs (H100, H200): use --attention flex"
-            )
-        fa4_kernels()
-        self.announce("FlashAttention-4's kernels")
-        arms = [block.attn.arm for block in self.model.blocks if block.attn is not None]
-        shapes = {(a.heads_q, a.heads_kv, (a.head_windows or (NO_LIMIT,))[:2]) for a in arms}
-        for shape in sorted(shapes):
-            check_fa4(*shape, world.device)
+    def choose_kernels(self) -> dict[str, str]:
+        """{what is asked for of KERNELS: why plain PyTorch takes its place, or ""}, the same on
+        every rank. Raises InputError where --attention fa4 cannot be served."""
+        run, device = self.cfg.run, self.world.device
+        bf16, why = self.dtype == torch.bfloat16, {}
+        if run.fp8 and self.world.cuda:  # on by default, so a CPU says nothing
+            works = bf16 and fp8_works(device)
+            why["fp8"] = "" if works else f"no FP8 products here in {self.dtype}"
+        if run.attention == "fa4" and run.deterministic:
+            why["fa4"] = "its backward adds in any order, which --deterministic is against"
+        elif run.attention == "fa4":
+            self.announce("FlashAttention-4's kernels")
+            why["fa4"] = probe_fa4(device, fa4_shapes(self.model))
+        if run.mlp_kernel:
+            has_one = any(isinstance(module, MLP) for module in self.model.modules())
+            reason = "" if bf16 else f"it computes in bfloat16, not in {self.dtype}"
+            reason = reason if has_one else "no MLP of this model is relu(x W1)^2 W2"
+            why["mlp_kernel"] = reason or probe_mlp(device)
+        if run.loss_kernel:
+            reason = "" if why.get("fp8") == "" else "the head is not in FP8"
+            reason = reason if self.model.softcap else "logits have no --softcap"
+            why["loss_kernel"] = reason or probe_loss(device)
+        found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
+        why = {name: next((one[name] for one in found if one[name]), "") for name in why}
+        if why.get("fa4") and not run.deterministic:
+            raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
+        return why
+
+    def uses(self, name: str) -> bool:
+        """Whether one of KERNELS is asked for and runs."""
+        return self.kernels.get(name) == ""
 
     def window_of(self, long: int, docs: Tensor) -> Tensor:
         """The model's `window` for a call on rows `docs`, which are still on the CPU."""
@@ -3140,13 +3153,13 @@ class Run:
             f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
             f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
         )
-        if cfg.run.fp8 and not header["fp8"] and self.world.cuda:
-            self.log.event("fallback", "no FP8 here: the head runs in the activations' dtype")
-        for name, used in self.trainer.kernels.items():
-            if getattr(cfg.run, name) and not used:
-                self.log.event("fallback", f"{name}: not here, plain PyTorch instead")
-        if cfg.run.attention == "fa4" and not header["fa4"]:
-            self.log.event("fallback", "--deterministic: attention runs on FlexAttention")
+        self.say_fallbacks()
+
+    def say_fallbacks(self) -> None:
+        """An event for each kernel that was asked for and does not run."""
+        for name, reason in self.trainer.kernels.items():
+            if reason:
+                self.log.event("fallback", f"{name}: {reason}; plain PyTorch instead")
 
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
@@ -3172,8 +3185,7 @@ class Run:
             "flops_per_token": float(flops_per_token(trainer.model, *keys)),
             "peak_flops": self.peak,
             "world": self.world.size,
-            "fp8": trainer.fp8,
-            "fa4": trainer.fa4,
+            **{name: trainer.uses(name) for name in KERNELS},
             "dtype": str(trainer.dtype).removeprefix("torch."),
             "compile_s": round(trainer.compile_s, 2),
             "steps": len(self.steps),
@@ -3501,6 +3513,28 @@ def hopper(device: torch.device) -> bool:
     return gpu and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+# A probe runs a kernel once on the card at hand and compares: it returns why it must not be used,
+# or "". (Rare races it cannot see: the tests repeat for that.)
+NO_HOPPER = "no Hopper GPU (H100, H200) with Triton here"
+
+
+def failure(e: Exception) -> str:
+    """What ended a probe, on one line: Triton and its like have errors of many kinds and pages."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+def errors_of(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
+    """||got - want|| / ||want|| of each pair; NaN, below no bound, where either has one."""
+    pairs = zip(got, want, strict=True)
+    return [float((g.float() - w.float()).norm() / w.float().norm()) for g, w in pairs]
+
+
+def verdict(errors: list[float], bound: float) -> str:
+    if all(error < bound for error in errors):
+        return ""
+    return f"computes wrongly on this card: off by {', '.join(f'{e:.1e}' for e in errors)}"
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut: rows, columns and depth of a tile, pieces in which it leaves; warps,
@@ -3645,10 +3679,10 @@ fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
 
 
 @functools.cache
-def mlp_kernel_works(device: torch.device) -> bool:
-    """Whether this GPU runs the fused MLP, and rightly: tried, not looked up."""
+def probe_mlp(device: torch.device) -> str:
+    """Of the fused MLP, both ways, against fp64."""
     if not hopper(device):
-        return False
+        return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
     shapes = (300, 128), (520, 128), (128, 520), (300, 128)
     x, up, down, grad = (
@@ -3657,12 +3691,11 @@ def mlp_kernel_works(device: torch.device) -> bool:
     try:
         post = fused_mlp(x, up, down)[1]
         got = post, mlp_back(grad, down, post)
-    except Exception as e:  # Triton has errors of many kinds
-        print(f"train_gpt.py: no fused MLP: {e}", file=sys.stderr)
-        return False
-    before = F.relu(x.double() @ up.double().t())
-    want = before.square(), grad.double() @ down.double() * 2 * before
-    return all(bool((g - w).norm() < 0.01 * w.norm()) for g, w in zip(got, want, strict=True))
+        root = F.relu(x.double() @ up.double().t())
+        want = root.square(), grad.double() @ down.double() * 2 * root
+        return verdict(errors_of(got, want), 0.01)
+    except Exception as e:
+        return failure(e)
 
 
 ROW_BLOCK = 2048, 4  # logits at a time, warps
@@ -3798,21 +3831,23 @@ def _(z, targets, weights, top, shift, width):
 
 
 @functools.cache
-def loss_kernel_works(device: torch.device) -> bool:
-    """Whether this GPU runs the kernels of the loss, and rightly: tried, not looked up."""
+def probe_loss(device: torch.device) -> str:
+    """Of the kernels of the loss, against what they replace."""
     if not hopper(device):
-        return False
+        return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
     z = 8 * torch.randn(256, 512, generator=gen, device=device, dtype=torch.bfloat16)
     targets = torch.randint(-1, 512, (256,), generator=gen, device=device)
     try:
         losses, grad, turned = loss_and_grad(z, targets, None, *cap_constants(30.0))
-    except Exception as e:  # Triton has errors of many kinds
-        print(f"train_gpt.py: no kernels for the loss: {e}", file=sys.stderr)
-        return False
-    want, exact = losses_and_grad(z, targets, 30.0)
-    close = (grad.float() * G8_SCALE - exact).norm() < 0.1 * exact.norm()
-    return bool(close & ((losses - want).abs().max() < 1e-3) & (grad.t().float() == turned).all())
+        want, exact = losses_and_grad(z, targets, 30.0)
+        # torch compares no FP8 numbers, and a transpose has the same bytes.
+        if not torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8)):
+            return "computes wrongly on this card: the gradient is not its own transpose's"
+        in_losses = verdict(errors_of((losses,), (want,)), 1e-4)
+        return in_losses or verdict(errors_of((grad.float() * G8_SCALE,), (exact,)), 0.1)
+    except Exception as e:
+        return failure(e)
 
 
 @torch.library.custom_op("nca::document_bounds", mutates_args=())
@@ -3844,7 +3879,7 @@ FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO to
 @functools.cache
 def fa4_kernels() -> tuple[Callable, Callable]:
     """FlashAttention-4's own forward and backward, which compile themselves for what they first
-    meet. Raises InputError where the package is missing, too old or broken."""
+    meet. Raises ImportError where the package is missing, too old or broken."""
     try:
         version = importlib.metadata.version("flash-attn-4")
         if torch.torch_version.TorchVersion(version) < FA4_OLDEST:
@@ -3852,9 +3887,8 @@ def fa4_kernels() -> tuple[Callable, Callable]:
         interface = importlib.import_module("flash_attn.cute.interface")
         return interface._flash_attn_fwd, interface._flash_attn_bwd
     except Exception as e:  # its own packages fail in their own ways
-        raise InputError(
-            f"--attention fa4 needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer "
-            f"({type(e).__name__}: {e}); --attention flex needs nothing"
+        raise ImportError(
+            f"it needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer ({failure(e)})"
         ) from None
 
 
@@ -3949,34 +3983,53 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: fl
     return y.unflatten(0, q.shape[:2])
 
 
-FA4_ERROR = 0.01  # ||got - want|| / ||want||: rounding to bfloat16 is 0.002 to 0.003 on any path
+FA4_ERROR = 0.01  # rounding to bfloat16 makes 0.002 to 0.003 on any path
+FA4_CASES = ((150, 37), (600, 333), (3, 333))  # tokens in a document, window: see `probe_fa4`
 
 
-def check_fa4(heads_q: int, heads_kv: int, caps: tuple[int, ...], device: torch.device) -> None:
-    """Forward and backward on this card against a dense mask in fp32: two windows, one narrow
-    enough for a token too many to show, with few documents and with many, which are other kernels.
-    Raises InputError. Rare races it cannot see: tests/test_fa4.py repeats for that."""
+def fa4_shapes(model: nn.Module) -> tuple:
+    """(query heads, KV heads, caps on the window) of a model's attention, each once."""
+    arms = [module.arm for module in model.modules() if isinstance(module, Attention)]
+    shapes = {(a.heads_q, a.heads_kv, (a.head_windows or (NO_LIMIT,))[:2]) for a in arms}
+    return tuple(sorted(shapes))
+
+
+def fa4_errors(shape: tuple, mean: int, window: int, device: torch.device) -> list[float]:
+    """`errors_of` y, dq, dk, dv in bfloat16 against a dense mask in fp32."""
+    heads_q, heads_kv, caps = shape
     length, gen = 1024, torch.Generator().manual_seed(0)
-    shapes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
-    *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in shapes)
-    for mean, window in ((150, 37), (600, 333), (3, 333)):
-        docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
-        limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
-        docs = docs.to(device)
-        spans = Documents(document_bounds(docs, limits), limits, 0, caps)
-        by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
-        results = []
-        for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
-            leaves = [t.to(dtype).requires_grad_() for t in qkv]
-            y = attend(*leaves, Context(mask, {}, lambda dim: 15.36 / dim))
-            grads = torch.autograd.grad(y, leaves, dy.to(dtype))
-            results.append([t.detach().float() for t in (y, *grads)])
-        off = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
-        if not all(e < FA4_ERROR for e in off):  # a NaN is refused too
-            raise InputError(
-                f"--attention fa4 computes wrongly on this card ({heads_q} heads on {heads_kv}, "
-                f"window {window}: y, dq, dk, dv are off by {off}): use --attention flex"
-            )
+    sizes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
+    *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in sizes)
+    docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
+    limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
+    docs = docs.to(device)
+    spans = Documents(document_bounds(docs, limits), limits, 0, caps)
+    by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
+    results = []
+    for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in qkv]
+        y = attend(*leaves, Context(mask, {}, lambda dim: 15.36 / dim))
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))))
+    return errors_of(*results)
+
+
+@functools.cache
+def probe_fa4(device: torch.device, shapes: tuple) -> str:
+    """Of FlashAttention-4 for every shape that the arms have: two windows, one narrow enough for a
+    token too many to show, with few documents and with many, which are other kernels."""
+    if not hopper(device):
+        return NO_HOPPER
+    if not shapes:
+        return "the model's attention is not train_gpt.py's"
+    try:
+        fa4_kernels()
+        for shape, (mean, window) in itertools.product(shapes, FA4_CASES):
+            wrong = verdict(fa4_errors(shape, mean, window, device), FA4_ERROR)
+            if wrong:
+                return f"{wrong} in y, dq, dk, dv ({shape[0]} heads on {shape[1]})"
+        return ""
+    except Exception as e:
+        return failure(e)
 
 
 if __name__ == "__main__":

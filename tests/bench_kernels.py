@@ -219,7 +219,8 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {T.triton.__version__}"
     )
-    print(f"works here: MLP {T.mlp_kernel_works(DEVICE)}, loss {T.loss_kernel_works(DEVICE)}")
+    for name, reason in (("MLP", T.probe_mlp(DEVICE)), ("loss", T.probe_loss(DEVICE))):
+        print(f"{name}: {reason or 'works here'}")
     print(f"    (tried in {time.perf_counter() - began:.0f} s)", flush=True)
     if args.sweep:
         sweep(args.tokens, args.rows)

@@ -31,7 +31,7 @@ SCALE = 15.36 / 128
 def installed() -> bool:
     try:
         T.fa4_kernels()
-    except T.InputError:
+    except ImportError:
         return False
     return True
 
@@ -289,7 +289,7 @@ def tiny_fa4(data, out, **changes) -> T.Config:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plain kernels are for the CPU")
 def test_trainer(plain, monkeypatch, text_data, tmp_path):
     """The same losses as on the dense path, looks and final validation among them."""
-    monkeypatch.setattr(T.Trainer, "try_fa4", lambda self: None)
+    monkeypatch.setattr(T, "probe_fa4", lambda device, shapes: "")
     found = {}
     for name in ("fa4", "flex"):
         cfg = tiny_fa4(text_data, tmp_path, attention=name, run_id=name)
@@ -306,7 +306,7 @@ def test_trainer(plain, monkeypatch, text_data, tmp_path):
 def test_a_run_goes_on_with_the_attention_that_it_began_with(
     plain, monkeypatch, text_data, tmp_path
 ):
-    monkeypatch.setattr(T.Trainer, "try_fa4", lambda self: None)
+    monkeypatch.setattr(T, "probe_fa4", lambda device, shapes: "")
     cfg = tiny_fa4(text_data, tmp_path, run_id="it", save_every=2, final_val=False)
     T.train(cfg)
     again = cfg.with_(resume=str(tmp_path / "it"), attention="flex")
@@ -325,7 +325,7 @@ def test_deterministic_runs_on_flex_and_says_so(text_data, tmp_path):
     log = read_log(tmp_path / "same")
     assert log[0]["fa4"] is False
     said = [line["text"] for line in log if line["t"] == "event" and line["kind"] == "fallback"]
-    assert said == ["--deterministic: attention runs on FlexAttention"]
+    assert len(said) == 1 and said[0].startswith("fa4: its backward adds in any order"), said
 
 
 REFUSED = {
@@ -367,29 +367,51 @@ def test_packages(monkeypatch):
     whole = types.SimpleNamespace(_flash_attn_fwd=1, _flash_attn_bwd=2)
     find = T.fa4_kernels.__wrapped__
     package(monkeypatch, None)
-    with pytest.raises(T.InputError, match=r"needs the package flash-attn-4.*PackageNotFound"):
+    with pytest.raises(ImportError, match=r"needs the package flash-attn-4.*PackageNotFound"):
         find()
     for old in ("4.0.0b9", "4.0.0b35", "4.0.0a1"):
         package(monkeypatch, old, whole)
-        with pytest.raises(T.InputError, match=f"{T.FA4_OLDEST} or newer .*{old} is too old"):
+        with pytest.raises(ImportError, match=f"{T.FA4_OLDEST} or newer .*{old} is too old"):
             find()
     for good in (T.FA4_OLDEST, "4.0.0b112", "4.0.0", "4.1.0"):
         package(monkeypatch, good, whole)
         assert find() == (1, 2)
     package(monkeypatch, "4.1.0", types.SimpleNamespace())
-    with pytest.raises(T.InputError, match="_flash_attn_fwd"):
+    with pytest.raises(ImportError, match="_flash_attn_fwd"):
         find()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_hopper_gpu_it_ends_with_2(monkeypatch, text_data, tmp_path):
-    with pytest.raises(T.InputError, match="is for Hopper GPUs"):
+    with pytest.raises(T.InputError, match=r"--attention fa4: no Hopper GPU.*; use --attention"):
         T.Trainer(tiny_fa4(text_data, tmp_path))
 
 
+def probed(monkeypatch, kernels, *shapes) -> str:
+    """What the probe says on the CPU of these kernels."""
+    monkeypatch.setattr(T, "hopper", lambda device: True)
+    monkeypatch.setattr(T, "fa4_kernels", kernels)
+    return T.probe_fa4.__wrapped__(torch.device("cpu"), shapes)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, (T.NO_LIMIT,)), (4, 2, (T.NO_LIMIT, 150))])
-def test_the_check_passes_right_kernels(plain, shape):
-    T.check_fa4(*shape, torch.device("cpu"))
+def test_the_probe_passes_right_kernels(monkeypatch, shape):
+    assert probed(monkeypatch, lambda: (plain_forward, plain_backward), shape) == ""
+
+
+def test_what_the_probe_says_without_them(monkeypatch):
+    """Of a card, a package and a model that cannot have the kernels: a reason, no exception."""
+    assert T.probe_fa4(torch.device("cpu"), ((1, 1, (T.NO_LIMIT,)),)) == T.NO_HOPPER
+    package(monkeypatch, None)
+    missing = probed(monkeypatch, T.fa4_kernels.__wrapped__, (1, 1, (T.NO_LIMIT,)))
+    assert missing.startswith("ImportError: it needs the package flash-attn-4")
+    assert "attention is not" in probed(monkeypatch, lambda: (plain_forward, plain_backward))
+
+
+def test_shapes_of_a_model():
+    found = T.fa4_shapes(small_gpt("diff_v2,window2=5,layers=1"))
+    assert found == ((2, 2, (T.NO_LIMIT,)), (4, 1, (T.NO_LIMIT, 5)))
+    assert T.fa4_shapes(torch.nn.Linear(2, 2)) == ()
 
 
 def off_by_one(q, k, v, **spans):
@@ -417,11 +439,10 @@ def nan_dv(*args, dv, **spans):
 
 
 @pytest.mark.parametrize("wrong", [off_by_one, forgets_documents, first_window, half_dq, nan_dv])
-def test_the_check_has_power(monkeypatch, wrong):
+def test_the_probe_has_power(monkeypatch, wrong):
     pair = (plain_forward, wrong) if wrong in (half_dq, nan_dv) else (wrong, plain_backward)
-    monkeypatch.setattr(T, "fa4_kernels", lambda: pair)
-    with pytest.raises(T.InputError, match="computes wrongly on this card"):
-        T.check_fa4(1, 1, (T.NO_LIMIT,), torch.device("cpu"))
+    said = probed(monkeypatch, lambda: pair, (1, 1, (T.NO_LIMIT,)))
+    assert said.startswith("computes wrongly on this card")
 
 
 # ---- on the card --------------------------------------------------------------------------------
@@ -452,13 +473,11 @@ class TestCard:
                 assert e < T.FA4_ERROR, f"{name}: {e:.2e}"
 
     def test_as_the_probe_has_it(self):
-        for shape in SHAPES.values():
-            T.check_fa4(*shape, torch.device("cuda"))
+        assert T.probe_fa4(torch.device("cuda"), tuple(SHAPES.values())) == ""
 
     def test_windows_and_documents_build_no_new_kernel(self):
         """Whatever the window, one kernel; above 256 documents another, which the probe builds."""
-        for shape in SHAPES.values():
-            T.check_fa4(*shape, torch.device("cuda"))
+        assert T.probe_fa4(torch.device("cuda"), tuple(SHAPES.values())) == ""
         caches = [kernel.compile_cache for kernel in T.fa4_kernels()]
 
         def built() -> list[int]:
