@@ -3261,13 +3261,15 @@ class Run:
         for text in wrong:
             self.log.event("warning", f"{text}: passed over and removed")
         self.log.event("resume", f"from {path} at step {first}")
+        self.say_fallbacks()
         self.clock, self.first = Clock(self.world, seconds), first
 
     def restore(self, path: Path, state: dict, meta: dict) -> None:
         """Weights, optimizer and random numbers of a checkpoint of the same run."""
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "fp8", "attention"}
-        mine, saved = self.cfg.flat(), meta["config"]
+        free -= {"seed", "dtype", "fp8", "deterministic", "attention", "mlp_kernel", "loss_kernel"}
+        # A setting that the checkpoint is too old to know was off, as its default is.
+        mine, saved = self.cfg.flat(), {**Config().flat(), **meta["config"]}
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:
             said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
