@@ -420,6 +420,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
+    by_eight = m.mlp % 8 == 0 or not r.mlp_kernel
+    need(by_eight, f"--mlp_kernel wants widths by 8, not --mlp {m.mlp}")
     need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
     if r.attention == "fa4":
         need(
@@ -3539,20 +3541,19 @@ def verdict(errors: list[float], bound: float) -> str:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: rows, columns and depth of a tile, pieces in which it leaves; warps,
-    loads in flight, and programs on a multiprocessor."""
+    """How a product is cut: rows, columns and depth of a tile; warps, loads in flight, and programs
+    on a multiprocessor."""
 
     m: int
     n: int
     k: int
-    parts: int  # 2 or 4
     warps: int
     stages: int
     programs: int
 
 
-UP_TILE = Tile(128, 256, 64, parts=2, warps=8, stages=4, programs=1)
-BACK_TILE = Tile(128, 128, 64, parts=4, warps=4, stages=3, programs=2)
+UP_TILE = Tile(128, 256, 64, warps=8, stages=4, programs=1)
+BACK_TILE = Tile(128, 128, 64, warps=4, stages=3, programs=2)
 
 
 @jit
@@ -3566,7 +3567,7 @@ def relu2_part(t, post, out, m, n, BACK: tl.constexpr):
     if BACK:
         t = t * (2 * tl.sqrt(post.load([m, n]).to(tl.float32)))
     else:
-        t = tl.maximum(t, 0.0)
+        t = tl.maximum(t, 0.0, tl.PropagateNan.ALL)
         t = t * t
     out.store([m, n], t.to(out.dtype))
 
@@ -3583,7 +3584,6 @@ def relu2_tiles(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,
     BACK: tl.constexpr,
 ):
     """out [M, N] = relu(a [M, K] b [N, K]^T)^2; with BACK (a [M, K] b [K, N]) x 2 sqrt(post).
@@ -3602,16 +3602,16 @@ def relu2_tiles(
             else:
                 total = tl.dot(a.load([m, k]), b.load([n, k]).T, total)
         left, right = halves(total)
-        if PARTS == 2:
-            relu2_part(left, post, out, m, n, BACK)
-            relu2_part(right, post, out, m, n + BN // 2, BACK)
-        else:
+        if BACK:  # in quarters, as post comes in beside it
             first, second = halves(left)
             third, fourth = halves(right)
             relu2_part(first, post, out, m, n, BACK)
             relu2_part(second, post, out, m, n + BN // 4, BACK)
             relu2_part(third, post, out, m, n + BN // 2, BACK)
             relu2_part(fourth, post, out, m, n + 3 * BN // 4, BACK)
+        else:
+            relu2_part(left, post, out, m, n, BACK)
+            relu2_part(right, post, out, m, n + BN // 2, BACK)
 
 
 def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tensor:
@@ -3621,7 +3621,7 @@ def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tens
     assert a.is_contiguous() and b.is_contiguous(), (a.stride(), b.stride())
     assert b.size(0 if back else 1) == k and k % 8 == n % 8 == 0, (a.shape, b.shape)
     out = a.new_empty(m, n)
-    described, part = TensorDescriptor.from_tensor, [tile.m, tile.n // tile.parts]
+    described, part = TensorDescriptor.from_tensor, [tile.m, tile.n // (4 if back else 2)]
     programs = 1
     if a.is_cuda:
         card = torch.cuda.get_device_properties(a.device)
@@ -3631,7 +3631,7 @@ def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tens
         described(b, [tile.k, tile.n] if back else [tile.n, tile.k]),
         described(post, part) if back else None,
         described(out, part),
-        *(m, n, k, tile.m, tile.n, tile.k, tile.parts, back),
+        *(m, n, k, tile.m, tile.n, tile.k, back),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -3673,8 +3673,8 @@ def mlp_keep(ctx, inputs, output) -> None:
 def mlp_gradients(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
     x, up, down, post = ctx.saved_tensors
     grad = grad.contiguous()
-    before = mlp_back(grad, down, post)
-    return before @ up, before.t() @ x, grad.t() @ post
+    inner = mlp_back(grad, down, post)
+    return inner @ up, inner.t() @ x, grad.t() @ post
 
 
 fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
@@ -3712,14 +3712,14 @@ def sigmoid_of(z, shift, width):
 
 @jit
 def loss_rows(
-    z, targets, losses, totals, V, top, shift, width, AHEAD: tl.constexpr, BLOCK: tl.constexpr
+    z, targets, losses, totals, V, top, shift, width, AHEAD: tl.constexpr, CHUNK: tl.constexpr
 ):
     """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]."""
     row = tl.program_id(0).to(tl.int64)
     z += row * V
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    sums = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, V, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
         x = tl.load(z + columns, columns < V, float("-inf")).to(tl.float32)
         below = (sigmoid_of(x, shift, width) - 1) * (top * 1.4426950408889634)
         sums += tl.where(columns < V, tl.exp2(below), 0.0)

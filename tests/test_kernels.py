@@ -92,9 +92,8 @@ def test_interpreted_mlp(rows, width):
 
 
 @interpreted
-@pytest.mark.parametrize("parts", [2, 4])
-def test_interpreted_mlp_by_other_tiles(monkeypatch, parts):
-    tile = T.Tile(32, 64, 16, parts=parts, warps=4, stages=2, programs=1)
+def test_interpreted_mlp_by_other_tiles(monkeypatch):
+    tile = T.Tile(32, 64, 16, warps=4, stages=2, programs=1)
     monkeypatch.setattr(T, "UP_TILE", tile)
     monkeypatch.setattr(T, "BACK_TILE", tile)
     test_interpreted_mlp(100, 136)
@@ -168,6 +167,12 @@ def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, ahead):
 def test_off_by_default():
     run = T.make_config().run
     assert not run.mlp_kernel and not run.loss_kernel
+
+
+def test_widths_that_the_kernel_cannot_take_are_refused():
+    for width, asked, said in ((3460, True, 1), (3460, False, 0), (3456, True, 0)):
+        problems = T.check_config(T.make_config(mlp=width, mlp_kernel=asked))
+        assert problems == ["--mlp-kernel wants widths by 8, not --mlp 3460"] * said
 
 
 def test_asked_for_on_a_cpu_is_said_and_changes_nothing(text_data, tmp_path):
@@ -334,10 +339,35 @@ def test_gpu_mlp_gives_the_same_bits_again():
     inputs, grad = mlp_case(16_384, 3072, 768, device=CUDA, dtype=torch.bfloat16)
     x, up, down = (t.detach() for t in inputs)
     post = T.fused_mlp(x, up, down)[1]
-    before = T.mlp_back(grad, down, post)
+    inner = T.mlp_back(grad, down, post)
     for _ in range(300):
         assert torch.equal(T.relu2_product(x, up, None, T.UP_TILE), post)
-        assert torch.equal(T.mlp_back(grad, down, post), before)
+        assert torch.equal(T.mlp_back(grad, down, post), inner)
+
+
+def check_nan_of_mlp(device, dtype) -> None:
+    """A NaN in one row of x reaches that row of both outputs and of the gradient, and no other."""
+    inputs, grad = mlp_case(300, 264, 72, device=device, dtype=dtype)
+    x, up, down = (t.detach() for t in inputs)
+    x[7, 3] = float("nan")
+    y, post = T.fused_mlp(x, up, down)
+    for t in (y, post, T.mlp_back(grad, down, post)):
+        assert t[7].isnan().all() and t.isfinite().all(1).sum() == 299
+    post[7, 1:] = 0
+    back = T.mlp_back(grad, down, post)
+    assert back[7].isnan().sum() == 1 and back.isnan().sum() == 1
+
+
+@interpreted
+def test_interpreted_mlp_keeps_nan():
+    check_nan_of_mlp("cpu", torch.float32)
+
+
+@gpu
+@here
+def test_gpu_mlp_keeps_nan():
+    """What is not finite must reach the loss, or no one would notice: a GPU's maximum drops it."""
+    check_nan_of_mlp(CUDA, torch.bfloat16)
 
 
 @gpu
