@@ -1179,14 +1179,21 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
 
 
 @dataclass
+class Limits:
+    """The model's `window` where FlashAttention-4 attends. Its kernels take numbers from the host:
+    in a tensor there a new value needs no new graph, and nothing waits for the device to tell."""
+
+    values: Tensor  # int32 [3], on the CPU: windows long and short, documents in the rows at most
+
+
+@dataclass
 class Documents:
     """The mask as FlashAttention-4 takes it: rows laid end to end, N = B T tokens, and cut into
-    documents. Its kernels want the window as a number on the host; `limits` is a tensor there, so
-    that a new value needs no new graph, and nothing waits for the device to tell it."""
+    documents."""
 
     bounds: Tensor  # int32 [N + 1], on the device, as `document_bounds` makes it
-    limits: Tensor  # int32 [3], on the CPU: windows long and short, documents at most
-    which: int  # of the windows
+    limits: Tensor  # `Limits`' values
+    short: bool  # of the windows, the short one
     caps: tuple[int, ...] = (NO_LIMIT,)  # on that of heads n, n + len(caps), n + 2 len(caps), ...
 
 
@@ -1565,10 +1572,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
-    for the head. window: long and short, tokens, int32 on the device; with `fa4`, `Documents`'
-    limits."""
-
-    fa4 = False  # FlashAttention-4 instead of FlexAttention; the Trainer asks for it
+    for the head. window: long and short, tokens, int32 on the device; or `Limits`, which ask for
+    FlashAttention-4."""
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1610,12 +1615,12 @@ class GPT(nn.Module):
             return self.cfg.score_scale
         return 15.36 / dim if self.cfg.qk_norm else dim**-0.5
 
-    def contexts(self, docs: Tensor, window: Tensor) -> list[Context | None]:
+    def contexts(self, docs: Tensor, window: Tensor | Limits) -> list[Context | None]:
         """A context for each block; blocks with the same windows share a mask."""
         flex = docs.is_cuda if self.flex is None else self.flex
         make = block_mask if flex and docs.size(1) % BLOCK == 0 else dense_mask
-        fa4 = self.fa4 and self.flex is None
-        bounds = document_bounds(docs, window) if fa4 else None
+        limits = window.values if isinstance(window, Limits) else None
+        bounds = None if limits is None else document_bounds(docs, limits)
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
         starts = starts_of(docs)
         masks, out = {}, []
@@ -1625,11 +1630,11 @@ class GPT(nn.Module):
                 continue
             caps = getattr(block.attn.arm, "head_windows", None)
             key = (i in self.cfg.long_layers, caps)
-            which = 0 if key[0] else 1
-            if key not in masks and fa4:  # caps come in pairs: one of each map
-                masks[key] = Documents(bounds, window, which, (caps or (NO_LIMIT,))[:2]), None
+            short = not key[0]
+            if key not in masks and limits is not None:  # caps come in pairs: one of each map
+                masks[key] = Documents(bounds, limits, short, (caps or (NO_LIMIT,))[:2]), None
             elif key not in masks:
-                w = window[which].view(1)
+                w = window[int(short)].view(1)
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
                 masks[key] = (make(docs, w), w)
@@ -1637,7 +1642,7 @@ class GPT(nn.Module):
             out.append(Context(mask, rope, self.score_scale, starts, docs, w))
         return out
 
-    def forward(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, docs: Tensor, window: Tensor | Limits) -> Tensor:
         cfg = self.cfg
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
@@ -2691,7 +2696,6 @@ class Trainer:
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
         self.kernels = self.choose_kernels()
         self.fp8, self.fa4, mlp, loss = (self.uses(name) for name in KERNELS)
-        self.model.fa4 = self.fa4
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused = mlp
@@ -2734,11 +2738,13 @@ class Trainer:
         """Whether one of KERNELS is asked for and runs."""
         return self.kernels.get(name) == ""
 
-    def window_of(self, long: int, docs: Tensor) -> Tensor:
+    def windows(self, long: int) -> Tensor:
+        """Those of the function of the same name, where the attention reads them; once a step."""
+        return windows(long, torch.device("cpu") if self.fa4 else self.world.device)
+
+    def window_of(self, both: Tensor, docs: Tensor) -> Tensor | Limits:
         """The model's `window` for a call on rows `docs`, which are still on the CPU."""
-        if not self.fa4:
-            return windows(long, self.world.device)
-        return torch.cat([windows(long, torch.device("cpu")), count_documents(docs)])
+        return Limits(torch.cat([both, count_documents(docs)])) if self.fa4 else both
 
     def reset(
         self, seed: int, data_seed: int = 0, *, tokens: int | None = None, run_id: str = ""
@@ -2821,9 +2827,10 @@ class Trainer:
         total, weights = torch.zeros((), device=device), None
         if step.ahead:
             weights = on_device(torch.tensor(step.ahead), device)
+        both = self.windows(step.window)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
-            window = self.window_of(step.window, part.docs)
+            window = self.window_of(both, part.docs)
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
             flat, targets = h.detach().flatten(0, 1), part.targets
@@ -2886,12 +2893,12 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     sums = torch.zeros(3, 2 * kinds, dtype=torch.float64, device=world.device)
     bytes_of = corpus.bytes_of if corpus.bytes_of is not None else np.zeros(padded(corpus.vocab))
     table = torch.from_numpy(bytes_of.astype(np.float64)).to(world.device)
-    number = math.ceil(total / d.val_call_tokens)
+    number, both = math.ceil(total / d.val_call_tokens), trainer.windows(long_window)
     # In warm-up every rank evaluates: one without a call of dev may have one of val.
     for call in range(calls) if calls else range(world.rank, number, world.size):
         start = call * d.val_call_tokens
         batch = make_batch(stream, start, rows, d.val_row_tokens, total)
-        window = trainer.window_of(long_window, batch.docs)
+        window = trainer.window_of(both, batch.docs)
         batch = batch.to(world.device)
         h = trainer.forward(batch.tokens, batch.docs, window)
         targets = batch.targets.flatten()
@@ -3894,12 +3901,12 @@ def fa4_kernels() -> tuple[Callable, Callable]:
         ) from None
 
 
-def fa4_arguments(bounds: Tensor, limits: Tensor, which: int, cap: int) -> dict:
+def fa4_arguments(bounds: Tensor, limits: Tensor, short: bool, cap: int) -> dict:
     """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
     left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
     documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
     cut = bounds[: documents + 1]
-    left = min(int(limits[which]), cap) - 1
+    left = min(int(limits[int(short)]), cap) - 1
     spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
     return {"cu_seqlens_q": cut, "cu_seqlens_k": cut, **spans}
 
@@ -3911,26 +3918,26 @@ def fa4(
     v: Tensor,
     bounds: Tensor,
     limits: Tensor,
-    which: int,
+    short: bool,
     cap: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """q [N, Hq, D], k and v [N, Hkv, D], bfloat16 -> (y [N, Hq, D], lse [Hq, N] fp32).
 
-    bounds, limits, which: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
+    bounds, limits, short: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
     dq, and dk and dv of grouped heads, in any order: equal runs differ in the last bits.
     """
     forward, _ = fa4_kernels()
     q, k, v = (t.detach() for t in (q, k, v))
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.size(1), q.size(0)), dtype=torch.float32, device=q.device)
-    spans = fa4_arguments(bounds, limits, which, cap)
+    spans = fa4_arguments(bounds, limits, short, cap)
     forward(q, k, v, out=y, lse=lse, softmax_scale=scale, **spans)
     return y, lse
 
 
 @fa4.register_fake
-def _(q, k, v, bounds, limits, which, cap, scale):
+def _(q, k, v, bounds, limits, short, cap, scale):
     return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
 
 
@@ -3944,20 +3951,20 @@ def fa4_backward(
     lse: Tensor,
     bounds: Tensor,
     limits: Tensor,
-    which: int,
+    short: bool,
     cap: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `fa4` by q, k and v."""
     _, backward = fa4_kernels()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    spans = fa4_arguments(bounds, limits, which, cap)
+    spans = fa4_arguments(bounds, limits, short, cap)
     backward(q, k, v, y, dy, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **spans)
     return dq, dk, dv
 
 
 @fa4_backward.register_fake
-def _(dy, q, k, v, y, lse, bounds, limits, which, cap, scale):
+def _(dy, q, k, v, y, lse, bounds, limits, short, cap, scale):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
@@ -3979,7 +3986,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: fl
     parts = []
     for i, cap in enumerate(mask.caps):
         part = q[:, :, i::n].flatten(0, 1)
-        spans = (mask.bounds, mask.limits, mask.which, cap)
+        spans = (mask.bounds, mask.limits, mask.short, cap)
         parts.append(fa4(part, flat_k, flat_v, *spans, scale)[0])
     y = parts[0] if n == 1 else torch.stack(parts, dim=2).flatten(1, 2)
     return y.unflatten(0, q.shape[:2])
@@ -4005,7 +4012,7 @@ def fa4_errors(shape: tuple, mean: int, window: int, device: torch.device) -> li
     docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
     limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])
     docs = docs.to(device)
-    spans = Documents(document_bounds(docs, limits), limits, 0, caps)
+    spans = Documents(document_bounds(docs, limits), limits, False, caps)
     by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
     results = []
     for mask, dtype in ((spans, torch.bfloat16), (dense_mask(docs, by_head), torch.float32)):
