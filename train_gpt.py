@@ -101,7 +101,7 @@ class ModelConfig:
         "1", "selective: N groups of heads, each masked by its first, or own (one head more)"
     )
     selective_grad: str = knob(
-        "flex", "selective, gradient of masks on a GPU: flex (atomic adds) | pieces (PyTorch)"
+        "flex", "selective, its own gradient on a GPU: flex (atomic adds) | chunked (PyTorch)"
     )
     n_layer: int = knob(12, "number of blocks")
     d_model: int = knob(768, "width of the residual stream")
@@ -465,16 +465,20 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
     fits = m.selector == "own" or (groups > 0 and kv % groups == 0)
     need(fits, f"--selector {m.selector!r}: own, or a divisor of the {kv} KV heads")
     way = m.selective_grad
-    need(way in ("flex", "pieces"), f"--selective_grad {way!r}: flex or pieces")
-    exact = way != "flex" or not cfg.run.deterministic
-    need(exact, "--selective_grad flex adds in any order: --deterministic needs pieces")
+    need(way in ("flex", "chunked"), f"--selective_grad {way!r}: flex or chunked")
+    if cfg.run.deterministic:
+        need(
+            way != "flex", "--selective_grad flex adds in any order: --deterministic needs chunked"
+        )
+        fixed = cfg.run.compile or cfg.run.device == "cpu"  # Inductor's running sum has one order
+        need(fixed, "--no-compile: CUDA's running sums, of selective arms, are not --deterministic")
     for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
             need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
         elif fits:  # FlexAttention counts a bias's elements in 32 bits (pytorch #146724)
-            masks = tokens * length * max(1, groups)
-            need(masks < 2**31, f"--{call} {tokens}: {masks} elements of masks, 2^31 are too many")
+            size = tokens * length * max(1, groups)
+            need(size < 2**31, f"--{call} {tokens}: {size} numbers of row x row, 2^31 are too many")
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -1019,61 +1023,61 @@ def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
     return scores.cumsum(-2)
 
 
-SELECTIVE_PIECE = 512  # queries at a time
+SELECTIVE_CHUNK = 512  # queries at a time
 
 
 class SelectionGrad(torch.autograd.Function):
-    """Hands y on as it is and gives F its gradient, in pieces of queries: no T x T for all heads at
+    """Hands y on as it is and gives F its gradient, in chunks of queries: no T x T for all heads at
     once and no atomic adds, as where FlexAttention does it, but scores are computed once more."""
 
     @staticmethod
-    def forward(ctx, y, masks, q, k, v, lse, docs, window, scale):
-        """y [B, Hq, T, Dv], masks [B, G, T, T] and q, k, v [B, H, T, D] as `attend_selected` has
+    def forward(ctx, y, taken, q, k, v, lse, docs, window, scale):
+        """y [B, Hq, T, Dv], taken [B, G, T, T] and q, k, v [B, H, T, D] as `attend_selected` has
         them; lse [B, Hq, T] in nats."""
-        ctx.save_for_backward(y, masks, q, k, v, lse, docs, window)
+        ctx.save_for_backward(y, taken, q, k, v, lse, docs, window)
         ctx.scale = scale
         return y.clone()
 
     @staticmethod
     def backward(ctx, dy):
-        y, masks, q, k, v, lse, docs, window = ctx.saved_tensors
-        shape, length = (masks.size(1), -1), y.size(2)  # heads by group
+        y, taken, q, k, v, lse, docs, window = ctx.saved_tensors
+        shape, length = (taken.size(1), -1), y.size(2)  # heads by group
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         own = (dy.float() * y.float()).sum(-1)
-        seen, pieces = dense_mask(docs, window), []
-        for start in range(0, length, SELECTIVE_PIECE):
-            end = min(start + SELECTIVE_PIECE, length)
+        seen, chunks = dense_mask(docs, window), []
+        for start in range(0, length, SELECTIVE_CHUNK):
+            end = min(start + SELECTIVE_CHUNK, length)
             i, j = slice(start, end), slice(end)
             score = (q[:, :, i] @ k[:, :, j].mT).float() * ctx.scale - lse[:, :, i, None]
-            score = score.unflatten(1, shape) - masks[:, :, None, i, j]
+            score = score.unflatten(1, shape) - taken[:, :, None, i, j]
             weight = torch.where(seen[:, :, i, j], torch.exp(score.flatten(1, 2)), 0.0)
             dweight = (dy[:, :, i] @ v[:, :, j].mT).float() - own[:, :, i, None]
-            piece = -(weight * dweight).unflatten(1, shape).sum(2)
-            pieces.append(F.pad(piece, (0, length - end)))
-        return dy, torch.cat(pieces, dim=2), *(None,) * 7
+            chunk = -(weight * dweight).unflatten(1, shape).sum(2)
+            chunks.append(F.pad(chunk, (0, length - end)))
+        return dy, torch.cat(chunks, dim=2), *(None,) * 7
 
 
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, ctx: Context, masks: Tensor, in_pieces: bool
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, taken: Tensor, chunked: bool
 ) -> Tensor:
-    """`attend`, on [B, H, T, D], with masks [B, G, T, T] taken from the scores of G groups of query
-    heads. in_pieces: their gradient by `SelectionGrad` where FlexAttention is used."""
+    """`attend`, on [B, H, T, D], with taken [B, G, T, T] subtracted from the scores of G groups of
+    query heads. chunked: its gradient by `SelectionGrad` where FlexAttention is used."""
     scale, gqa = ctx.scale(q.size(-1)), q.size(1) != k.size(1)
-    group = q.size(1) // masks.size(1)
+    group = q.size(1) // taken.size(1)
     if not isinstance(ctx.mask, BlockMask):
-        each = masks if masks.size(1) == 1 else masks.repeat_interleave(group, dim=1)
+        each = taken if taken.size(1) == 1 else taken.repeat_interleave(group, dim=1)
         bias = torch.where(ctx.mask, -each, -math.inf).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
-    taken = masks.detach() if in_pieces else masks
+    fixed = taken.detach() if chunked else taken
 
     def less(score, b, h, i, j):
-        return score - taken[b, h // group, i, j]
+        return score - fixed[b, h // group, i, j]
 
     flex = functools.partial(flex_attention, score_mod=less, block_mask=ctx.mask)
-    if not in_pieces:
+    if not chunked:
         return flex(q, k, v, scale=scale, enable_gqa=gqa)
     y, aux = flex(q, k, v, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
-    return SelectionGrad.apply(y, masks, q, k, v, aux.lse, ctx.docs, ctx.window, scale)
+    return SelectionGrad.apply(y, taken, q, k, v, aux.lse, ctx.docs, ctx.window, scale)
 
 
 def attend(
@@ -1081,19 +1085,19 @@ def attend(
     k: Tensor,
     v: Tensor,
     ctx: Context,
-    masks: Tensor | None = None,
-    in_pieces: bool = False,
+    taken: Tensor | None = None,
+    chunked: bool = False,
 ) -> Tensor:
     """Softmax attention: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] -> [B, T, Hq, Dv].
 
-    Query head n reads key and value head n // (Hq / Hkv). masks: see `attend_selected`.
+    Query head n reads key and value head n // (Hq / Hkv). taken, chunked: see `attend_selected`.
     """
     scale, gqa = ctx.scale(q.size(-1)), q.size(2) != k.size(2)
     if isinstance(ctx.mask, Documents):
         return attend_documents(q, k, v, ctx.mask, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if masks is not None:
-        y = attend_selected(q, k, v, ctx, masks, in_pieces)
+    if taken is not None:
+        y = attend_selected(q, k, v, ctx, taken, chunked)
     elif isinstance(ctx.mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=ctx.mask, scale=scale, enable_gqa=gqa)
     else:
@@ -1223,7 +1227,7 @@ class Arm(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.heads, self.heads_q, self.heads_kv = pairs, heads_q, heads_kv
         self.own_selector = selective and cfg.selector == "own"
-        self.selectors = 0  # masks, each of a group of heads
+        self.selectors = 0  # each for a group of heads
         if selective:
             self.selectors = 1 if self.own_selector else int(cfg.selector)
         if self.own_selector:
@@ -1257,8 +1261,8 @@ class Arm(nn.Module):
             chosen = self.position(*(t.unflatten(-1, (1, -1)) for t in own), ctx)
         else:  # scores of the first head of each group: the kernel computes them once more
             chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
-        masks = selection(*chosen, ctx)
-        return attend(q, k, v, ctx, masks, self.cfg.selective_grad == "pieces")
+        taken = selection(*chosen, ctx)
+        return attend(q, k, v, ctx, taken, self.cfg.selective_grad == "chunked")
 
     def selector_flops(self, mean_keys: float) -> float:
         """A token's FLOPs, forward, of scores that no head uses otherwise."""
@@ -1381,8 +1385,12 @@ class DiffV1(Arm):
         return 2 * mean_keys * (2 * self.dim + 4 * self.dim) * self.heads
 
 
-ARMS: dict[str, type] = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2}
-ARMS["selective"] = Selective
+ARMS: dict[str, type] = {
+    "softmax": Softmax,
+    "diff_v1": DiffV1,
+    "diff_v2": DiffV2,
+    "selective": Selective,
+}
 
 
 @functools.cache
