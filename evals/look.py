@@ -101,9 +101,9 @@ def recording(model: nn.Module):
         one_hot = one_hot[None, :, None].expand(1, length, heads, length)
         maps = attend(q, k, one_hot, ctx, *selected)
         current[0].maps.append(maps[0].transpose(0, 1))
-        for masks in selected[:1]:
+        for taken in selected[:1]:
             seen = T.dense_mask(ctx.docs, ctx.window[:1])[0]
-            current[0].masks.append(torch.where(seen, 1 - torch.exp(-masks[0]), 0.0))
+            current[0].masks.append(torch.where(seen, 1 - torch.exp(-taken[0]), 0.0))
         return attend(q, k, v, ctx, *selected)
 
     hooks = [

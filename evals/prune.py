@@ -88,19 +88,19 @@ def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
     dense (`model.flex` False)."""
     attend = T.attend
 
-    def attend_pruned(q, k, v, ctx, masks=None, *how):
+    def attend_pruned(q, k, v, ctx, taken=None, *how):
         length = q.size(1)
         full = min(length, int(ctx.window.max()))
         budget = min(full, max(2, round(share * full)))
         sizes.append((budget, full))
         if budget < full:
-            rank = ages(length, q.device) if masks is None or policy == "age" else masks
+            rank = ages(length, q.device) if taken is None or policy == "age" else taken
             rank = rank.expand(q.size(0), -1, -1, -1)
             seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
             kept = kept_keys(rank, seen, ctx.starts, budget)
             kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
             ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
-        return attend(q, k, v, ctx, masks, *how)
+        return attend(q, k, v, ctx, taken, *how)
 
     T.attend = attend_pruned
     try:

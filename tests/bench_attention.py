@@ -198,7 +198,7 @@ def cuts(docs: Tensor, window: Tensor) -> T.Documents:
     largest = window.max().cpu().view(1)
     limits = torch.cat([largest, largest, T.count_documents(docs.cpu())])
     caps = tuple(window.tolist()[:2]) if window.numel() > 1 else (T.NO_LIMIT,)
-    return T.Documents(T.document_bounds(docs, limits), limits, 0, caps)
+    return T.Documents(T.document_bounds(docs, limits), limits, False, caps)
 
 
 # ---- ways to compute attention ------------------------------------------------------------------

@@ -25,23 +25,22 @@ import train_gpt as T
 DEVICE = torch.device("cuda")
 D, VOCAB = 768, 50_304
 
-# m, n, k, parts, warps, stages, programs
+# m, n, k, warps, stages, programs
 UP_TILES = (
-    (128, 256, 64, 2, 8, 4, 1),
-    (128, 256, 64, 2, 8, 3, 1),
-    (256, 128, 64, 2, 8, 3, 1),
-    (128, 128, 64, 2, 4, 3, 2),
-    (128, 128, 64, 4, 4, 3, 2),
-    (128, 128, 64, 2, 8, 3, 2),
-    (128, 128, 128, 2, 8, 3, 1),
+    (128, 256, 64, 8, 4, 1),
+    (128, 256, 64, 8, 3, 1),
+    (256, 128, 64, 8, 3, 1),
+    (128, 128, 64, 4, 3, 2),
+    (128, 128, 64, 8, 3, 2),
+    (128, 128, 128, 8, 3, 1),
 )
 BACK_TILES = (
-    (128, 128, 64, 4, 4, 3, 2),
-    (128, 128, 64, 2, 4, 2, 2),
-    (128, 128, 64, 4, 8, 3, 2),
-    (128, 256, 64, 4, 8, 4, 1),
-    (128, 256, 64, 2, 8, 3, 1),
-    (256, 128, 64, 4, 8, 3, 1),
+    (128, 128, 64, 4, 3, 2),
+    (128, 128, 64, 4, 2, 2),
+    (128, 128, 64, 8, 3, 2),
+    (128, 256, 64, 8, 4, 1),
+    (128, 256, 64, 8, 3, 1),
+    (256, 128, 64, 8, 3, 1),
 )
 ROW_BLOCKS = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
 GRAD_TILES = (
@@ -219,7 +218,8 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {T.triton.__version__}"
     )
-    print(f"works here: MLP {T.mlp_kernel_works(DEVICE)}, loss {T.loss_kernel_works(DEVICE)}")
+    for name, reason in (("MLP", T.probe_mlp(DEVICE)), ("loss", T.probe_loss(DEVICE))):
+        print(f"{name}: {reason or 'works here'}")
     print(f"    (tried in {time.perf_counter() - began:.0f} s)", flush=True)
     if args.sweep:
         sweep(args.tokens, args.rows)

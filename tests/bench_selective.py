@@ -1,7 +1,8 @@
 """What selective attention costs by part, on any GPU: `python tests/bench_selective.py`.
 
 A layer's attention on rows as the trainer has them, from q, k and v on: softmax as it is; F, the
-running sum of masks; attention with F as a bias; and its gradient both ways (--selective-grad).
+running sum that is taken; attention with F as a bias; and F's gradient both ways
+(--selective-grad).
 `bench_step.py --arms selective --set row_tokens=2048 ...` has the whole step. Not a test: it
 asserts nothing. Without a GPU, for trying, masks are dense and nothing is compiled.
 """
@@ -22,7 +23,7 @@ import bench_attention as B
 
 import train_gpt as T
 
-HEADS = {  # query heads, KV heads, masks
+HEADS = {  # query heads, KV heads, selectors
     "selective": (6, 6, 1),
     "selective,selector=2": (6, 6, 2),
     "diff_v2,selective=true": (12, 3, 1),
@@ -52,23 +53,23 @@ def parts(heads: tuple[int, int, int], args, device: str) -> dict:
     def select(q, k):
         return T.selection(q[:, :, :: query // groups], k[:, :, :: kv // groups], ctx)
 
-    def attend(q, k, v, masks=None, in_pieces=False):
-        return T.attend(q, k, v, ctx, masks, in_pieces)
+    def attend(q, k, v, taken=None, chunked=False):
+        return T.attend(q, k, v, ctx, taken, chunked)
 
-    def whole(q, k, v, in_pieces=False):
-        return T.attend(q, k, v, ctx, select(q, k), in_pieces)
+    def whole(q, k, v, chunked=False):
+        return T.attend(q, k, v, ctx, select(q, k), chunked)
 
     fixed = select(q, k).detach()
     learned = fixed.clone().requires_grad_()
-    pieces = {"in_pieces": True}
+    chunks = {"chunked": True}
     return {
-        "softmax, no masks": (wrap(attend), (q, k, v)),
+        "softmax, none taken": (wrap(attend), (q, k, v)),
         "F alone": (wrap(select), (q, k)),
         "attention, F fixed": (wrap(attend), (q, k, v, fixed)),
         "attention, dF by flex": (wrap(attend), (q, k, v, learned)),
-        "attention, dF in pieces": (wrap(functools.partial(attend, **pieces)), (q, k, v, learned)),
+        "attention, dF in chunks": (wrap(functools.partial(attend, **chunks)), (q, k, v, learned)),
         "all, dF by flex": (wrap(whole), (q, k, v)),
-        "all, dF in pieces": (wrap(functools.partial(whole, **pieces)), (q, k, v)),
+        "all, dF in chunks": (wrap(functools.partial(whole, **chunks)), (q, k, v)),
     }
 
 

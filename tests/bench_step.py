@@ -24,7 +24,7 @@ import train_gpt as T
 KINDS = (
     ("attention forward", r"flex_attention(?!.*backward)"),
     ("attention backward", r"flex_attention.*backward|flex_attention_backward"),
-    ("masks of selective attention, running sums", r"cumsum|scan_outer"),
+    ("what selective attention takes, running sums", r"cumsum|scan_outer"),
     ("cross-entropy", r"triton_.*(exp_|_log_|gather)"),
     ("FP8 matmul", r"nvjet_sm90_q|e4m3|e5m2"),
     ("matmul", r"gemm|cutlass|cublas|nvjet|sm90_xmma"),

@@ -321,6 +321,46 @@ def test_other_settings_are_refused(whole, text_data, tmp_path, capsys):
     assert a[:4] == b[:4] and a == pytest.approx(b, abs=2e-5)
 
 
+@pytest.mark.parametrize("name", ["mlp_kernel", "loss_kernel", "deterministic"])
+def test_other_kernels_are_refused(whole, text_data, tmp_path, name):
+    """A run that goes on with other arithmetic is another run."""
+    run = copy_until(whole, tmp_path, 4)
+    trainer = T.Trainer(config(text_data, tmp_path, resume=str(run)))
+    trainer.cfg = trainer.cfg.with_(**{name: True})  # here: the mode would be the whole process's
+    with pytest.raises(T.InputError, match=f"{name} False, now True"):
+        trainer.run()
+
+
+def drop_settings(checkpoint, *names) -> None:
+    """The checkpoint as one was saved before these settings existed."""
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    for name in names:
+        del meta["config"][name]
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    (checkpoint / "DONE").write_text(T.sha256(checkpoint / "meta.json"))
+
+
+def test_what_an_old_checkpoint_lacks_was_off(whole, text_data, tmp_path, capsys):
+    run = copy_until(whole, tmp_path, 4)
+    drop_settings(run / "ckpt/step_00000004", "smear", "selective", "mlp_kernel")
+    assert T.main([*argv_of(text_data, tmp_path, smear=True), "--resume", str(run)]) == 2
+    assert "smear False, now True" in capsys.readouterr().err
+    T.train(config(text_data, tmp_path, resume=str(run)))
+    assert without_times(run) == without_times(whole)
+
+
+def test_fallbacks_are_said_again(text_data, tmp_path):
+    """Where it goes on may be another machine than where it began."""
+    cfg = config(text_data, tmp_path, mlp_kernel=True, save_every=6)
+    T.train(cfg)
+    run = tmp_path / "whole"
+    shutil.rmtree(run / "ckpt/step_00000012")
+    T.train(cfg.with_(resume=str(run)))
+    said = [(e["kind"], e["text"].partition(":")[0]) for e in H.read_log(run, "event")]
+    assert said[0] == said[-1] == ("fallback", "mlp_kernel")
+    assert [kind for kind, _ in said] == ["fallback", "resume", "fallback"]
+
+
 def test_other_data_is_refused(whole, text_data, tmp_path, capsys):
     """The same settings over another text: not the same run."""
     run = copy_until(whole, tmp_path, 4)

@@ -31,7 +31,7 @@ SCALE = 15.36 / 128
 def installed() -> bool:
     try:
         T.fa4_kernels()
-    except T.InputError:
+    except ImportError:
         return False
     return True
 
@@ -129,7 +129,7 @@ def test_bounds(rows, length, mean, seed):
     limits = limits_of(docs, 7)
     bounds = T.document_bounds(docs, limits)
     assert bounds.dtype == torch.int32 and bounds.tolist() == plain_bounds(docs)
-    cuts = T.fa4_arguments(bounds, limits, 0, T.NO_LIMIT)["cu_seqlens_q"]
+    cuts = T.fa4_arguments(bounds, limits, False, T.NO_LIMIT)["cu_seqlens_q"]
     assert int(cuts[-1]) == docs.numel(), "the last document is cut off"
 
 
@@ -165,11 +165,11 @@ def test_arguments():
     bounds = torch.arange(5001, dtype=torch.int32)
     for documents, want in ((1, 128), (128, 128), (129, 256), (257, 512), (4000, 4096)):
         limits = torch.tensor([1024, 512, documents], dtype=torch.int32)
-        got = T.fa4_arguments(bounds, limits, 1, 300)
+        got = T.fa4_arguments(bounds, limits, True, 300)
         assert got["window_size_left"] == 299 and got["window_size_right"] == 0 and got["causal"]
         assert len(got["cu_seqlens_q"]) == want + 1
-    assert T.fa4_arguments(bounds, limits, 1, T.NO_LIMIT)["window_size_left"] == 511
-    assert T.fa4_arguments(bounds, limits, 0, T.NO_LIMIT)["window_size_left"] == 1023
+    assert T.fa4_arguments(bounds, limits, True, T.NO_LIMIT)["window_size_left"] == 511
+    assert T.fa4_arguments(bounds, limits, False, T.NO_LIMIT)["window_size_left"] == 1023
 
 
 # ---- against the dense path ---------------------------------------------------------------------
@@ -182,7 +182,7 @@ def both_ways(shape, docs: Tensor, window: int, dtype, seed=0, dim=128):
     sizes = [(*docs.shape, h, dim) for h in (heads_q, heads_kv, heads_kv, heads_q)]
     *qkv, dy = (torch.randn(s, generator=gen).to(device, dtype) for s in sizes)
     limits = limits_of(docs, 9, window)
-    spans = T.Documents(T.document_bounds(docs, limits), limits, 1, caps)
+    spans = T.Documents(T.document_bounds(docs, limits), limits, True, caps)
     by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
     results = []
     for mask, kind in ((spans, dtype), (T.dense_mask(docs, by_head), torch.float32)):
@@ -207,7 +207,7 @@ def test_ops_are_registered_right(plain):
     bounds = T.document_bounds(docs, limits)
     torch.library.opcheck(T.document_bounds, (docs, limits))
     q, k, v = (torch.randn(80, h, 16, generator=gen).requires_grad_() for h in (4, 2, 2))
-    rest = (bounds, limits, 0, T.NO_LIMIT, 0.2)
+    rest = (bounds, limits, False, T.NO_LIMIT, 0.2)
     torch.library.opcheck(T.fa4, (q, k, v, *rest))
     y, lse = T.fa4(q, k, v, *rest)
     saved = [t.detach() for t in (q, k, v, y, lse)]
@@ -237,7 +237,7 @@ def small_gpt(arm: str, **changes) -> T.GPT:
     return model
 
 
-def gradients(run, model: T.GPT, tokens: Tensor, docs: Tensor, window: Tensor) -> list[Tensor]:
+def gradients(run, model: T.GPT, tokens: Tensor, docs: Tensor, window) -> list[Tensor]:
     h = run(tokens, docs, window)
     dh = torch.randn(h.shape, generator=torch.Generator().manual_seed(7)).to(h)
     params = [p for n, p in model.named_parameters() if n != "head"]
@@ -249,8 +249,7 @@ def test_model(plain, arm):
     model, docs = small_gpt(arm), random_docs(2, 48, 15)
     tokens = torch.randint(64, docs.shape, generator=torch.Generator().manual_seed(1)).int()
     want = gradients(model, model, tokens, docs, torch.tensor([20, 7], dtype=torch.int32))
-    model.fa4 = True
-    got = gradients(model, model, tokens, docs, limits_of(docs, 20, 7))
+    got = gradients(model, model, tokens, docs, T.Limits(limits_of(docs, 20, 7)))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
@@ -265,10 +264,8 @@ def test_no_new_graph_for_windows_and_documents(plain):
     before, seen = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
     for mean, (long, short) in itertools.product((20, 4), ((40, 20), (9, 3))):
         docs = random_docs(4, 64, mean)
-        model.fa4 = True
-        got = gradients(run, model, tokens, docs, limits_of(docs, long, short))
+        got = gradients(run, model, tokens, docs, T.Limits(limits_of(docs, long, short)))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
-        model.fa4 = False
         window = torch.tensor([long, short], dtype=torch.int32)
         want = gradients(model, model, tokens, docs, window)
         for a, b in zip(got, want, strict=True):
@@ -289,16 +286,24 @@ def tiny_fa4(data, out, **changes) -> T.Config:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plain kernels are for the CPU")
 def test_trainer(plain, monkeypatch, text_data, tmp_path):
     """The same losses as on the dense path, looks and final validation among them."""
-    monkeypatch.setattr(T.Trainer, "try_fa4", lambda self: None)
-    found = {}
+    monkeypatch.setattr(T, "probe_fa4", lambda device, shapes: "")
+    found, looks = {}, []
+
+    def look(trainer, out):
+        """A user's: the model as it is, with windows as any model takes them."""
+        docs = random_docs(2, 64, 20)
+        window = T.windows(128, trainer.world.device)
+        looks.append(trainer.model.logits(docs % 7, docs, window))
+
     for name in ("fa4", "flex"):
         cfg = tiny_fa4(text_data, tmp_path, attention=name, run_id=name)
-        T.train(cfg)
+        T.train(cfg, hooks=T.Hooks(on_eval=look))
         log = read_log(tmp_path / name)
         assert log[0]["fa4"] is (name == "fa4") and log[0]["config"]["attention"] == name
         keys = ("loss", "dev_loss", "val_loss", "val_loss_ext")
         found[name] = [line[k] for line in log for k in keys if k in line]
-    assert len(found["fa4"]) > 8
+    assert len(found["fa4"]) > 8 and len(looks) == 4
+    torch.testing.assert_close(looks[1], looks[3], rtol=1e-3, atol=1e-3)
     assert found["fa4"] == pytest.approx(found["flex"], abs=2e-4)
 
 
@@ -306,7 +311,7 @@ def test_trainer(plain, monkeypatch, text_data, tmp_path):
 def test_a_run_goes_on_with_the_attention_that_it_began_with(
     plain, monkeypatch, text_data, tmp_path
 ):
-    monkeypatch.setattr(T.Trainer, "try_fa4", lambda self: None)
+    monkeypatch.setattr(T, "probe_fa4", lambda device, shapes: "")
     cfg = tiny_fa4(text_data, tmp_path, run_id="it", save_every=2, final_val=False)
     T.train(cfg)
     again = cfg.with_(resume=str(tmp_path / "it"), attention="flex")
@@ -325,7 +330,7 @@ def test_deterministic_runs_on_flex_and_says_so(text_data, tmp_path):
     log = read_log(tmp_path / "same")
     assert log[0]["fa4"] is False
     said = [line["text"] for line in log if line["t"] == "event" and line["kind"] == "fallback"]
-    assert said == ["--deterministic: attention runs on FlexAttention"]
+    assert len(said) == 1 and said[0].startswith("fa4: its backward adds in any order"), said
 
 
 REFUSED = {
@@ -367,29 +372,51 @@ def test_packages(monkeypatch):
     whole = types.SimpleNamespace(_flash_attn_fwd=1, _flash_attn_bwd=2)
     find = T.fa4_kernels.__wrapped__
     package(monkeypatch, None)
-    with pytest.raises(T.InputError, match=r"needs the package flash-attn-4.*PackageNotFound"):
+    with pytest.raises(ImportError, match=r"needs the package flash-attn-4.*PackageNotFound"):
         find()
     for old in ("4.0.0b9", "4.0.0b35", "4.0.0a1"):
         package(monkeypatch, old, whole)
-        with pytest.raises(T.InputError, match=f"{T.FA4_OLDEST} or newer .*{old} is too old"):
+        with pytest.raises(ImportError, match=f"{T.FA4_OLDEST} or newer .*{old} is too old"):
             find()
     for good in (T.FA4_OLDEST, "4.0.0b112", "4.0.0", "4.1.0"):
         package(monkeypatch, good, whole)
         assert find() == (1, 2)
     package(monkeypatch, "4.1.0", types.SimpleNamespace())
-    with pytest.raises(T.InputError, match="_flash_attn_fwd"):
+    with pytest.raises(ImportError, match="_flash_attn_fwd"):
         find()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_hopper_gpu_it_ends_with_2(monkeypatch, text_data, tmp_path):
-    with pytest.raises(T.InputError, match="is for Hopper GPUs"):
+    with pytest.raises(T.InputError, match=r"--attention fa4: no Hopper GPU.*; use --attention"):
         T.Trainer(tiny_fa4(text_data, tmp_path))
 
 
+def probed(monkeypatch, kernels, *shapes) -> str:
+    """What the probe says on the CPU of these kernels."""
+    monkeypatch.setattr(T, "hopper", lambda device: True)
+    monkeypatch.setattr(T, "fa4_kernels", kernels)
+    return T.probe_fa4.__wrapped__(torch.device("cpu"), shapes)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, (T.NO_LIMIT,)), (4, 2, (T.NO_LIMIT, 150))])
-def test_the_check_passes_right_kernels(plain, shape):
-    T.check_fa4(*shape, torch.device("cpu"))
+def test_the_probe_passes_right_kernels(monkeypatch, shape):
+    assert probed(monkeypatch, lambda: (plain_forward, plain_backward), shape) == ""
+
+
+def test_what_the_probe_says_without_them(monkeypatch):
+    """Of a card, a package and a model that cannot have the kernels: a reason, no exception."""
+    assert T.probe_fa4(torch.device("cpu"), ((1, 1, (T.NO_LIMIT,)),)) == T.NO_HOPPER
+    package(monkeypatch, None)
+    missing = probed(monkeypatch, T.fa4_kernels.__wrapped__, (1, 1, (T.NO_LIMIT,)))
+    assert missing.startswith("ImportError: it needs the package flash-attn-4")
+    assert "attention is not" in probed(monkeypatch, lambda: (plain_forward, plain_backward))
+
+
+def test_shapes_of_a_model():
+    found = T.fa4_shapes(small_gpt("diff_v2,window2=5,layers=1"))
+    assert found == ((2, 2, (T.NO_LIMIT,)), (4, 1, (T.NO_LIMIT, 5)))
+    assert T.fa4_shapes(torch.nn.Linear(2, 2)) == ()
 
 
 def off_by_one(q, k, v, **spans):
@@ -417,11 +444,10 @@ def nan_dv(*args, dv, **spans):
 
 
 @pytest.mark.parametrize("wrong", [off_by_one, forgets_documents, first_window, half_dq, nan_dv])
-def test_the_check_has_power(monkeypatch, wrong):
+def test_the_probe_has_power(monkeypatch, wrong):
     pair = (plain_forward, wrong) if wrong in (half_dq, nan_dv) else (wrong, plain_backward)
-    monkeypatch.setattr(T, "fa4_kernels", lambda: pair)
-    with pytest.raises(T.InputError, match="computes wrongly on this card"):
-        T.check_fa4(1, 1, (T.NO_LIMIT,), torch.device("cpu"))
+    said = probed(monkeypatch, lambda: pair, (1, 1, (T.NO_LIMIT,)))
+    assert said.startswith("computes wrongly on this card")
 
 
 # ---- on the card --------------------------------------------------------------------------------
@@ -452,13 +478,11 @@ class TestCard:
                 assert e < T.FA4_ERROR, f"{name}: {e:.2e}"
 
     def test_as_the_probe_has_it(self):
-        for shape in SHAPES.values():
-            T.check_fa4(*shape, torch.device("cuda"))
+        assert T.probe_fa4(torch.device("cuda"), tuple(SHAPES.values())) == ""
 
     def test_windows_and_documents_build_no_new_kernel(self):
         """Whatever the window, one kernel; above 256 documents another, which the probe builds."""
-        for shape in SHAPES.values():
-            T.check_fa4(*shape, torch.device("cuda"))
+        assert T.probe_fa4(torch.device("cuda"), tuple(SHAPES.values())) == ""
         caches = [kernel.compile_cache for kernel in T.fa4_kernels()]
 
         def built() -> list[int]:
@@ -479,7 +503,7 @@ class TestCard:
         heads_q, heads_kv, caps = SHAPES[shape]
         docs = random_docs(4, 4096, 600).cuda()
         limits = limits_of(docs, 1024)
-        spans = T.Documents(T.document_bounds(docs, limits), limits, 0, caps)
+        spans = T.Documents(T.document_bounds(docs, limits), limits, False, caps)
         gen = torch.Generator().manual_seed(0)
         ctx = T.Context(spans, {}, lambda dim: SCALE)
 
@@ -527,11 +551,11 @@ class TestCard:
         tokens, graphs = tokens.cuda(), None
         for mean, (long, short) in itertools.product((150, 3), ((700, 300), (256, 128))):
             docs = random_docs(2, 1024, mean).cuda()
-            model.fa4, model.flex = True, None
-            got = gradients(run, model, tokens, docs, limits_of(docs, long, short))
+            model.flex = None
+            got = gradients(run, model, tokens, docs, T.Limits(limits_of(docs, long, short)))
             graphs = graphs or torch._dynamo.utils.counters["stats"]["unique_graphs"]
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-            model.fa4, model.flex = False, False
+            model.flex = False
             window = torch.tensor([long, short], dtype=torch.int32, device="cuda")
             want = gradients(model, model, tokens, docs, window)
             pairs = [(a, b) for a, b in zip(got, want, strict=True) if b.norm() > 0]
@@ -556,7 +580,7 @@ def both_ways_fast(shape, docs: Tensor, window: int) -> list[Tensor]:
     """y and the gradients by FlashAttention-4 alone: T x T would not fit."""
     heads_q, heads_kv, caps = shape
     limits = limits_of(docs, window)
-    spans = T.Documents(T.document_bounds(docs, limits), limits, 0, caps)
+    spans = T.Documents(T.document_bounds(docs, limits), limits, False, caps)
     sizes = [(*docs.shape, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
     *qkv, dy = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in sizes)
     leaves = [t.requires_grad_() for t in qkv]

@@ -92,9 +92,8 @@ def test_interpreted_mlp(rows, width):
 
 
 @interpreted
-@pytest.mark.parametrize("parts", [2, 4])
-def test_interpreted_mlp_by_other_tiles(monkeypatch, parts):
-    tile = T.Tile(32, 64, 16, parts=parts, warps=4, stages=2, programs=1)
+def test_interpreted_mlp_by_other_tiles(monkeypatch):
+    tile = T.Tile(32, 64, 16, warps=4, stages=2, programs=1)
     monkeypatch.setattr(T, "UP_TILE", tile)
     monkeypatch.setattr(T, "BACK_TILE", tile)
     test_interpreted_mlp(100, 136)
@@ -170,6 +169,12 @@ def test_off_by_default():
     assert not run.mlp_kernel and not run.loss_kernel
 
 
+def test_widths_that_the_kernel_cannot_take_are_refused():
+    for width, asked, said in ((3460, True, 1), (3460, False, 0), (3456, True, 0)):
+        problems = T.check_config(T.make_config(mlp=width, mlp_kernel=asked))
+        assert problems == ["--mlp-kernel wants widths by 8, not --mlp 3460"] * said
+
+
 def test_asked_for_on_a_cpu_is_said_and_changes_nothing(text_data, tmp_path):
     asked = {"mlp_kernel": True, "loss_kernel": True}
     for run_id, changes in (("plain", {}), ("asked", asked)):
@@ -177,7 +182,10 @@ def test_asked_for_on_a_cpu_is_said_and_changes_nothing(text_data, tmp_path):
     assert H.losses(tmp_path / "plain") == H.losses(tmp_path / "asked")
     assert not H.read_log(tmp_path / "plain", "event")
     said = [e["text"] for e in H.read_log(tmp_path / "asked", "event")]
-    assert len(said) == 2 and all("not here" in text for text in said), said
+    assert [text.split(": ")[0] for text in said] == ["mlp_kernel", "loss_kernel"]
+    assert all(text.endswith("plain PyTorch instead") for text in said), said
+    (header,) = H.read_log(tmp_path / "asked", "header")
+    assert [header[name] for name in T.KERNELS] == [False] * 4
 
 
 def test_without_triton(monkeypatch):
@@ -191,6 +199,110 @@ def test_without_triton(monkeypatch):
     assert done.stdout.strip() == "None", done.stderr[-2000:]
 
 
+# ---- the probes ---------------------------------------------------------------------------------
+
+
+def plain_loss(z, targets, weights, *cap):
+    losses, grad = T.grad_in_fp8(z, targets, cap, weights)
+    return losses, grad, T.transposed(grad)
+
+
+def plain_product(a, b, post, tile):
+    if post is None:
+        return torch.relu(a @ b.t()).square()
+    return (a @ b) * (2 * post.sqrt())
+
+
+def broken(*_):
+    raise RuntimeError("out of\nregisters")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Plain PyTorch in the kernels' place, on a CPU that passes for a Hopper GPU."""
+    monkeypatch.setattr(T, "hopper", lambda device: True)
+    monkeypatch.setattr(T, "loss_and_grad", plain_loss)
+    monkeypatch.setattr(T, "relu2_product", plain_product)
+
+
+def probes() -> dict[str, str]:
+    cpu = torch.device("cpu")
+    return {"mlp": T.probe_mlp.__wrapped__(cpu), "loss": T.probe_loss.__wrapped__(cpu)}
+
+
+def test_probes_pass_what_is_right(on_cpu):
+    assert probes() == {"mlp": "", "loss": ""}
+
+
+def test_probes_do_not_raise(on_cpu, monkeypatch):
+    monkeypatch.setattr(T, "loss_and_grad", broken)
+    monkeypatch.setattr(T, "relu2_product", broken)
+    assert set(probes().values()) == {"RuntimeError: out of registers"}
+
+
+def test_without_a_hopper_gpu_they_say_so():
+    assert set(probes().values()) == {T.NO_HOPPER}
+
+
+@pytest.mark.parametrize("wrong", ["losses", "grad", "turned", "nan"])
+def test_the_loss_probe_has_power(on_cpu, monkeypatch, wrong):
+    def off(*args):
+        losses, grad, turned = plain_loss(*args)
+        if wrong == "losses":
+            losses = losses * 1.001
+        elif wrong == "grad":
+            grad = (2 * grad.float()).to(grad.dtype)
+            turned = T.transposed(grad)
+        elif wrong == "turned":
+            turned.view(torch.uint8)[3, 5] ^= 1
+        else:
+            losses[7] = torch.nan
+        return losses, grad, turned
+
+    monkeypatch.setattr(T, "loss_and_grad", off)
+    assert probes()["loss"].startswith("computes wrongly on this card")
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward"])
+def test_the_mlp_probe_has_power(on_cpu, monkeypatch, wrong):
+    def off(a, b, post, tile):
+        out = plain_product(a, b, post, tile)
+        out[-1] = 0 if (post is None) == (wrong == "forward") else out[-1]
+        return out
+
+    monkeypatch.setattr(T, "relu2_product", off)
+    assert probes()["mlp"].startswith("computes wrongly on this card")
+
+
+def test_a_model_without_our_mlp_has_no_use_for_the_kernel(on_cpu, text_data, tmp_path):
+    """GPT-2's MLP is another: asked for and not used is said, though the kernel would run."""
+    from test_gpt2 import TINY, gpt2
+
+    cfg = T.make_config("gpt2", **TINY, data=str(text_data), out=str(tmp_path), run_id="r")
+    cfg = cfg.with_(mlp_kernel=True, dtype="bfloat16", tokens=256 * 2)
+    T.train(cfg, hooks=gpt2.make_hooks(cfg))
+    (header,) = H.read_log(tmp_path / "r", "header")
+    (event,) = H.read_log(tmp_path / "r", "event")
+    assert header["mlp_kernel"] is False
+    assert event["kind"] == "fallback" and event["text"].startswith("mlp_kernel: no MLP of this")
+
+
+def chosen(data: str, out: str, failing: int) -> tuple:
+    """On a rank, whose kernel fails on one of them."""
+    rank = int(os.environ["RANK"])
+    T.probe_mlp = lambda device: "broken here" if rank == failing else ""
+    trainer = T.Trainer(H.tiny(data, out, mlp_kernel=True, dtype="bfloat16"))
+    fused = {m.fused for m in trainer.model.modules() if isinstance(m, T.MLP)}
+    return trainer.kernels, fused
+
+
+@pytest.mark.parametrize("failing", [1, -1])
+def test_ranks_agree(text_data, tmp_path, failing):
+    """A kernel that fails on one rank is used on none."""
+    works, found = failing < 0, H.on_ranks(2, chosen, tmp_path, str(text_data), "runs", failing)
+    assert found == [({"mlp_kernel": "" if works else "broken here"}, {works})] * 2
+
+
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
@@ -202,7 +314,7 @@ here = pytest.mark.skipif(
 @gpu
 @here
 def test_gpu_says_that_they_work():
-    assert T.mlp_kernel_works(CUDA) and T.loss_kernel_works(CUDA)
+    assert T.probe_mlp(CUDA) == T.probe_loss(CUDA) == ""
 
 
 @gpu
@@ -227,10 +339,35 @@ def test_gpu_mlp_gives_the_same_bits_again():
     inputs, grad = mlp_case(16_384, 3072, 768, device=CUDA, dtype=torch.bfloat16)
     x, up, down = (t.detach() for t in inputs)
     post = T.fused_mlp(x, up, down)[1]
-    before = T.mlp_back(grad, down, post)
+    inner = T.mlp_back(grad, down, post)
     for _ in range(300):
         assert torch.equal(T.relu2_product(x, up, None, T.UP_TILE), post)
-        assert torch.equal(T.mlp_back(grad, down, post), before)
+        assert torch.equal(T.mlp_back(grad, down, post), inner)
+
+
+def check_nan_of_mlp(device, dtype) -> None:
+    """A NaN in one row of x reaches that row of both outputs and of the gradient, and no other."""
+    inputs, grad = mlp_case(300, 264, 72, device=device, dtype=dtype)
+    x, up, down = (t.detach() for t in inputs)
+    x[7, 3] = float("nan")
+    y, post = T.fused_mlp(x, up, down)
+    for t in (y, post, T.mlp_back(grad, down, post)):
+        assert t[7].isnan().all() and t.isfinite().all(1).sum() == 299
+    post[7, 1:] = 0
+    back = T.mlp_back(grad, down, post)
+    assert back[7].isnan().sum() == 1 and back.isnan().sum() == 1
+
+
+@interpreted
+def test_interpreted_mlp_keeps_nan():
+    check_nan_of_mlp("cpu", torch.float32)
+
+
+@gpu
+@here
+def test_gpu_mlp_keeps_nan():
+    """What is not finite must reach the loss, or no one would notice: a GPU's maximum drops it."""
+    check_nan_of_mlp(CUDA, torch.bfloat16)
 
 
 @gpu

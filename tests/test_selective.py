@@ -1,6 +1,6 @@
 """Selective attention (2410.02703), alone and under differential attention, against the paper's
 recipe written out in float64: scores, relu, protected tokens, a shift, a running sum over queries.
-Values, gradients, the piecewise gradient, documents, windows, FlexAttention forward, a run."""
+Values, gradients, the chunked gradient, documents, windows, FlexAttention forward, a run."""
 
 from __future__ import annotations
 
@@ -171,11 +171,11 @@ def grads(attn, ctx, x, weight):
     return {"y": y.detach(), **dict(zip(["x", *names], got, strict=True))}
 
 
-COMPILED = ("pieces", "diff_v2,selective=true,window2=30")
+COMPILED = ("chunked", "diff_v2,selective=true,window2=30")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("way", ["flex", "pieces"])
+@pytest.mark.parametrize("way", ["flex", "chunked"])
 @pytest.mark.parametrize(
     "arm",
     [
@@ -187,11 +187,11 @@ COMPILED = ("pieces", "diff_v2,selective=true,window2=30")
     ],
 )
 def test_both_gradients_beside_flex(arm, way, compiled, monkeypatch):
-    """The path of a GPU, FlexAttention replaced by its definition: in several pieces."""
+    """The path of a GPU, FlexAttention replaced by its definition: in several chunks."""
     if compiled and (shutil.which("g++") is None or (way, arm) != COMPILED):
         pytest.skip("one graph is enough, and compilation needs g++")
     monkeypatch.setattr(T, "flex_attention", eager_flex)
-    monkeypatch.setattr(T, "SELECTIVE_PIECE", 96)
+    monkeypatch.setattr(T, "SELECTIVE_CHUNK", 96)
     attn, flex, dense = long_layer(f"{arm},selective_grad={way}")
     gen = torch.Generator().manual_seed(1)
     x = torch.randn(2, 256, 64, generator=gen).requires_grad_()
@@ -214,7 +214,7 @@ def test_both_gradients_beside_flex(arm, way, compiled, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 @torch.no_grad()
 def test_flex_forward():
-    """Compiled, masks given: on the CPU Inductor takes only what comes into the graph as it is."""
+    """Compiled, `taken` given: on the CPU Inductor takes only what enters the graph as it is."""
     docs, window = row_docs(256), torch.tensor([90], dtype=torch.int32)
     gen = torch.Generator().manual_seed(0)
     q = T.norm(torch.randn(2, 256, 4, 16, generator=gen))
@@ -223,11 +223,11 @@ def test_flex_forward():
     def context(make):
         return T.Context(make(docs, window), {}, lambda d: 0.3, T.starts_of(docs), docs, window)
 
-    masks = T.selection(q[:, :, ::2], k, context(T.dense_mask))
+    taken = T.selection(q[:, :, ::2], k, context(T.dense_mask))
     torch._dynamo.reset()
     run = torch.compile(T.attend, fullgraph=True, dynamic=False)
-    got = run(q, k, v, context(T.block_mask), masks)
-    want = T.attend(q, k, v, context(T.dense_mask), masks)
+    got = run(q, k, v, context(T.block_mask), taken)
+    want = T.attend(q, k, v, context(T.dense_mask), taken)
     assert (want - T.attend(q, k, v, context(T.dense_mask))).abs().max() > 0.1
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
@@ -242,8 +242,13 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
     [
         ("selective", {"row_tokens": 16_384}, "--row-tokens 16384: selective arms keep row x row"),
         ("selective", {"val_row_tokens": 262_144}, "--val-row-tokens 262144: "),
-        ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 elements"),
-        ("selective", {"deterministic": True}, "--deterministic needs pieces"),
+        ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 numbers"),
+        ("selective", {"deterministic": True}, "--deterministic needs chunked"),
+        (
+            "selective,selective_grad=chunked",
+            {"deterministic": True, "compile": False},
+            "--no-compile: CUDA's running sums, of selective arms, are not --deterministic",
+        ),
         ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
         ("softmax,selective=true", {}, "has the arm selective"),
         ("diff_v1,selective=true", {}, "has the arm selective"),
@@ -251,7 +256,7 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
         ("diff_v2,selective=true,selector=2", {}, "divisor of the 3 KV heads"),
         ("selective,selector=0", {}, "own, or a divisor"),
         ("selective,selector=first", {}, "own, or a divisor"),
-        ("selective,selective_grad=atomic", {}, "flex or pieces"),
+        ("selective,selective_grad=atomic", {}, "flex or chunked"),
     ],
 )
 def test_what_is_refused(arm, changes, said):

@@ -414,3 +414,16 @@ def test_an_evaluation_that_fails_does_not_lose_the_model(text_data, tmp_path, m
     assert meta["step"] == 8
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, state["model"][name]), name
+
+
+def test_windows_go_to_the_device_once_a_step(text_data, tmp_path, monkeypatch):
+    """However many calls a step or a look is made of."""
+    trainer = T.Trainer(H.tiny(text_data, tmp_path, micro_batch_tokens=64, val_call_tokens=64))
+    batch = T.make_batch(
+        T.TokenStream(trainer.corpus.splits["train"], trainer.corpus.eot), 0, 8, 32
+    )
+    sent, windows = [], T.windows
+    monkeypatch.setattr(T, "windows", lambda *args: sent.append(args) or windows(*args))
+    trainer.gradients(trainer.steps[0], batch)
+    trainer.evaluate("dev", 128)
+    assert len(sent) == 2
