@@ -233,7 +233,7 @@ class RunConfig:
     final_val: bool = knob(True, "evaluate val once, at the end")
     out: str = knob("runs", "folder of run folders")
     run_id: str = knob("", "name of the run folder (default: made from preset, arm, seed, time)")
-    save_every: int = knob(0, "steps between checkpoints (0: none)")
+    save_every: int = knob(0, "steps between checkpoints (0: none but the last)")
     save_final: bool = knob(True, "a checkpoint at the end")
     keep: int = knob(2, "checkpoints kept")
     resume: str = knob("", "run folder or checkpoint to go on from")

@@ -71,6 +71,7 @@ def test_the_cost_of_a_save_is_time_on_the_wall_without_the_wait_for_the_one_bef
     assert cost["first_lost_s"] == pytest.approx(2.9)
     assert cost["lost_s"] == pytest.approx(0.5) and cost["one_percent_s"] == pytest.approx(50)
     assert cost["one_percent_steps"] == math.ceil(50 / 1.01)
+    assert cost["share"] == pytest.approx(0.5 / (250 * 1.01 + 0.5))
     assert G.cost_of_saving({"whole": whole, "saving": fast(10.0, 0.0)})["one_percent_s"] == 4.0
 
 
@@ -101,6 +102,9 @@ def test_it_writes_over_nothing_and_says_which_process_failed(text_data, tmp_pat
     with pytest.raises(SystemExit):
         G.main(argv(text_data, "--out", str(tmp_path)))
     assert "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        G.main(argv(text_data, "--out", str(tmp_path / "t"), "--n-layer", "0"))
+    assert "--backout 0" in capsys.readouterr().err
     bad = argv(text_data, "--out", str(tmp_path / "t"), "--roles", "det", "--steps", "6")
     bad[bad.index("--data") + 1] = str(tmp_path / "nothing")
     with pytest.raises(RuntimeError, match=r"(?s)det: exit code 1.*nothing"):
