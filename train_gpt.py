@@ -3608,6 +3608,7 @@ def heed_signals(trainer: Trainer) -> None:
         wake, told = os.pipe()
         os.set_blocking(told, False)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
         threading.Thread(target=watch, args=(wake,), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)

@@ -1,7 +1,7 @@
 """One rank of a run with a fault: `faults.py FAULT TRAINER-ARGUMENTS`, by hand or under torchrun.
 
 FAULT: none | nan (the last rank's gradients, from step 5 on) | kill, oom or term (SIGTERM), all of
-the last rank after step 6 | bad-input (rank 0 after step 6) | long (steps of 0.2 s) | deaf (the
+the last rank after step 6 | bad-input (rank 0 after step 6) | long (steps of 0.4 s) | deaf (the
 last rank waits outside Python after step 6, for ever; ranks give up 5 s after a signal). A fault
 happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the weights that
 a rank ended with, OUT/fault the time of a kill or the wait.
@@ -49,7 +49,7 @@ class Fault:
             weight.register_hook(lambda g: g * float("nan") if self.poisoned else g)
         self.poisoned = self.kind == "nan" and LAST and step.index >= 3
         if self.kind == "long":
-            time.sleep(0.2)
+            time.sleep(0.4)
         if step.index != 5:
             return
         if self.kind in ("kill", "deaf") and LAST:

@@ -1,6 +1,6 @@
 """Two processes under torchrun, with faults: all ranks end the same way, exit.json says how, and a
 restart goes on where there is something to go on with. Over gloo on a CPU; over NCCL, the tests
-that NCCL could fail alone, with two GPUs: `python -m pytest -m gpu -s tests/test_ranks.py`, which
+that NCCL could fail alone, with two GPUs: `python -m pytest -m gpu -n 6 tests/test_ranks.py`, which
 ends with a table of what was seen (also as JSON, where FAULTS_JSON names a file)."""
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import helpers as H
 import pytest
@@ -58,26 +57,18 @@ def kind(request) -> Kind:
     return getattr(request, "param", GLOO)
 
 
-@pytest.fixture(scope="module")
-def seen():
-    """What the tests over NCCL saw, printed at the end."""
-    rows: list[dict] = []
-    yield rows
-    if not rows:
-        return
-    print("\n\n| fault, NCCL | exit.json | seconds | what it says |\n| --- | ---: | ---: | --- |")
-    for row in rows:
-        print(f"| {row['fault']} | {row['code']} | {row['seconds']:.1f} | {row['reason']} |")
-    if os.environ.get("FAULTS_JSON"):
-        with Path(os.environ["FAULTS_JSON"]).open("a") as f:  # workers of xdist share it
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+@pytest.fixture
+def note(kind, record_property):
+    """note(fault, exit.json, seconds) files what NCCL did, for the table at the end (conftest.py).
+    seconds: to the end of the job, from the fault where that has a time, else all of them."""
 
+    def add(fault: str, said: dict, seconds: float) -> None:
+        if kind is NCCL:
+            row = {"fault": fault, "code": said["code"], "seconds": round(seconds, 1)}
+            gpu = torch.cuda.get_device_name()
+            record_property("fault", row | {"reason": said["reason"], "gpu": gpu})
 
-def note(seen: list, kind: Kind, fault: str, said: dict, seconds: float) -> None:
-    """seconds: from the fault to the end of the job where the fault has a time, else all of it."""
-    if kind is NCCL:
-        row = {"code": said["code"], "reason": said["reason"], "seconds": round(seconds, 1)}
-        seen.append({"fault": fault, **row, "gpu": torch.cuda.get_device_name()})
+    return add
 
 
 def start(fault: str, data, place, *launch: str, kind: Kind = GLOO, **changes):
@@ -144,11 +135,11 @@ def calm(kind, text_data, tmp_path_factory):
 
 @EVERYWHERE
 def test_a_nan_on_one_rank_stops_both_with_the_weights_before(
-    kind, calm, seen, text_data, tmp_path
+    kind, calm, note, text_data, tmp_path
 ):
     began = time.time()
     said = run("nan", text_data, tmp_path, "--max-restarts", "2", kind=kind)
-    note(seen, kind, "NaN on rank 1, two restarts allowed", said, time.time() - began)
+    note("NaN on rank 1, two restarts allowed", said, time.time() - began)
     assert said["code"] == 3
     assert said["reason"].startswith("step 5: loss ")
     assert "rank 1: loss" in said["reason"] and "blocks.1.mlp.up.weight first" in said["reason"]
@@ -166,11 +157,11 @@ def test_a_nan_on_one_rank_stops_both_with_the_weights_before(
 
 
 @EVERYWHERE
-def test_a_killed_rank_ends_the_job_with_4(kind, seen, text_data, tmp_path):
+def test_a_killed_rank_ends_the_job_with_4(kind, note, text_data, tmp_path):
     """gloo notices at once; over NCCL torchrun's SIGTERM does it, before its SIGKILL."""
     said = run("kill", text_data, tmp_path, kind=kind)
     took = since(tmp_path)
-    note(seen, kind, "kill -9 of rank 1", said, took)
+    note("kill -9 of rank 1", said, took)
     assert said["code"] == 4
     assert took < TORCHRUN_S + 15, "the rank that is left should end before torchrun kills it"
     assert T.find_checkpoint(tmp_path / "r").name in ("step_00000004", "step_00000006")
@@ -178,10 +169,10 @@ def test_a_killed_rank_ends_the_job_with_4(kind, seen, text_data, tmp_path):
 
 
 @EVERYWHERE
-def test_a_killed_rank_comes_back_from_the_last_checkpoint(kind, calm, seen, text_data, tmp_path):
+def test_a_killed_rank_comes_back_from_the_last_checkpoint(kind, calm, note, text_data, tmp_path):
     """Without help, and the run is the one that nothing happened to."""
     said = run("kill", text_data, tmp_path, "--max-restarts", "1", kind=kind)
-    note(seen, kind, "kill -9 of rank 1, one restart allowed", said, since(tmp_path))
+    note("kill -9 of rank 1, one restart allowed", said, since(tmp_path))
     assert said["code"] == 0, (tmp_path / "said").read_text()[-3000:]
     for rank in (0, 1):
         assert_same(weights(tmp_path, rank), weights(calm, rank))
@@ -216,11 +207,11 @@ def test_a_restart_without_a_checkpoint_starts_over(calm, text_data, tmp_path):
 
 @EVERYWHERE
 @pytest.mark.parametrize("fault, code", [("oom", 5), ("bad-input", 2)])
-def test_what_a_restart_cannot_mend_is_not_replayed(kind, seen, text_data, tmp_path, fault, code):
+def test_what_a_restart_cannot_mend_is_not_replayed(kind, note, text_data, tmp_path, fault, code):
     """Memory of rank 1, too: its own word, not what rank 0 makes of it."""
     began = time.time()
     said = run(fault, text_data, tmp_path, "--max-restarts", "2", kind=kind)
-    note(seen, kind, f"{fault}, two restarts allowed", said, time.time() - began)
+    note(f"{fault}, two restarts allowed", said, time.time() - began)
     assert said["code"] == code
     assert_not_replayed(tmp_path)
     if code == 5:
@@ -246,7 +237,7 @@ def test_restarts_need_a_name(text_data, tmp_path):
 
 @EVERYWHERE
 @pytest.mark.parametrize("to", ["one rank", "torchrun"])
-def test_all_ranks_agree_on_a_signal(kind, calm, seen, text_data, tmp_path, to):
+def test_all_ranks_agree_on_a_signal(kind, calm, note, text_data, tmp_path, to):
     """Step finished, saved, 75; resumed, it is the run that nothing happened to."""
     began = time.time()
     if to == "one rank":
@@ -260,7 +251,7 @@ def test_all_ranks_agree_on_a_signal(kind, calm, seen, text_data, tmp_path, to):
         began = time.time()
         process.send_signal(signal.SIGTERM)
         said = ended(process, tmp_path)
-    note(seen, kind, f"SIGTERM to {to}", said, time.time() - began)
+    note(f"SIGTERM to {to}", said, time.time() - began)
     assert said["code"] == 75, (tmp_path / "said").read_text()[-3000:]
     step = T.load_checkpoint(tmp_path / "r")[1]["step"]
     assert 2 <= step < 8
