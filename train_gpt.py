@@ -234,7 +234,7 @@ class RunConfig:
     final_val: bool = knob(True, "evaluate val once, at the end")
     out: str = knob("runs", "folder of run folders")
     run_id: str = knob("", "name of the run folder (default: made from preset, arm, seed, time)")
-    save_every: int = knob(0, "steps between checkpoints (0: none)")
+    save_every: int = knob(0, "steps between checkpoints (0: none but the last)")
     save_final: bool = knob(True, "a checkpoint at the end")
     keep: int = knob(2, "checkpoints kept")
     resume: str = knob("", "run folder or checkpoint to go on from")
@@ -3471,13 +3471,22 @@ def heed_signals(trainer: Trainer) -> None:
         write_exit(trainer.folder, [], code, reason)
         os._exit(code)
 
+    def watch(wake: int) -> None:
+        os.read(wake, 1)
+        time.sleep(GRACE_SECONDS)
+        give_up()
+
     def stop(*_) -> None:
-        if trainer.world.size > 1 and not trainer.stop:
-            timer = threading.Timer(GRACE_SECONDS, give_up)
-            timer.daemon = True
-            timer.start()
         trainer.stop = True
 
+    if trainer.world.size > 1:
+        # While the main thread waits for the device, Python runs no handler: but the number of the
+        # signal is in this pipe at once.
+        wake, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
+        threading.Thread(target=watch, args=(wake,), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
 
@@ -3525,7 +3534,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     if code and (rank == 0 or code in OWN_FAULTS):
         print(f"train_gpt.py: {reason}", file=sys.stderr)
     write_exit(getattr(trainer, "folder", None), argv, code, reason)
-    if trainer is not None and code != EXIT_CODES["peer lost"]:  # else it would wait for the peer
+    if trainer is not None and code not in OWN_FAULTS:  # else it would wait for the other ranks
         trainer.world.close()
     return code
 

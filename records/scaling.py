@@ -5,12 +5,23 @@ Efficiency = (mean train seconds on 1 GPU / GPUs) / train seconds. Losses are co
 runs of one world size differ by the noise of the GPU's atomics alone, so two world sizes agree
 where they differ by no more than that. FOLDER/resumed/ holds runs that went on at another world
 size than they began with; they are compared with the run that they came from.
+
+`python -m records.scaling --steps ONE.json MORE.json` says what further GPUs would cost, from what
+tests/bench_step.py measured on one and on more (with --profile) of one machine. It is calculation:
+
+    ms(n) = ms(1) / n + fixed + links(n)
+
+links is the communication that nothing hides; with rings of one bandwidth a link it grows with
+(n - 1) / n. fixed is what else the measured GPUs lose against ms(1) / n, and is taken to stay. The
+pessimistic column hides none of the collectives' time alone. Neither knows what is not measured:
+that a GPU's share of a step becomes small, and how the links of more GPUs share a switch.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -83,13 +94,68 @@ def report(folder: Path) -> str:
     return "\n".join(text)
 
 
+def ring(world: int) -> float:
+    """Share of a collective's bytes that crosses each GPU's link."""
+    return (world - 1) / world
+
+
+def projection(one: dict, more: dict, world: int) -> list[dict]:
+    """For each long window, ms a step measured and by calculation on `world` GPUs; see the top.
+
+    one, more: rows of bench_step.py of the same arm and tokens. ValueError where they do not fit.
+    """
+    same = all(one[key] == more[key] for key in ("arm", "tokens", "gpu"))
+    if not same or one["world"] != 1 or more["world"] < 2 or "communication" not in more:
+        raise ValueError("give one arm's steps on one GPU, then on more of them with --profile")
+    had, rows = more["world"], []
+    # Of the ranks' figures the least: what a rank waits for the others is in `fixed` already.
+    exposed = min(c["exposed_ms"] for c in more["communication"])
+    alone = sum(c["ms"] for c in more["collectives"])
+    for window in sorted(one["ms"].keys() & more["ms"].keys(), key=int):
+        single, measured = one["ms"][window], more["ms"][window]
+        fixed = max(0.0, measured - single / had - exposed)
+        row = {"window": int(window), "one_ms": single, "measured_ms": measured, "fixed_ms": fixed}
+        row["measured_efficiency"] = single / had / measured
+        for name, cost in (("", exposed), ("none_hidden_", max(alone, exposed))):
+            ms = single / world + fixed + cost * ring(world) / ring(had)
+            row |= {f"{name}ms": ms, f"{name}efficiency": single / world / ms}
+        rows.append(row)
+    return rows
+
+
+def projected(one: dict, more: dict, world: int) -> str:
+    had, tokens = more["world"], one["tokens"]
+    lines = [f"{one['arm']}, {tokens:,} tokens a step, {had} x {more['gpu']}; {world} GPUs are"]
+    lines[0] += " calculated from these and were not measured."
+    title = f"| window | ms on 1 | on {had}, efficiency | fixed ms | ms on {world}, tokens/s, "
+    lines += ["", title + "efficiency | nothing hidden |", "| ---: " * 6 + "|"]
+    for r in projection(one, more, world):
+        rate = 1000 * tokens / r["ms"]
+        bare = f"{r['none_hidden_ms']:.1f}, {r['none_hidden_efficiency']:.1%}"
+        lines.append(
+            f"| {r['window']} | {r['one_ms']:.1f} | {r['measured_ms']:.1f}, "
+            f"{r['measured_efficiency']:.1%} | {r['fixed_ms']:.2f} | {r['ms']:.1f}, {rate:,.0f}, "
+            f"{r['efficiency']:.1%} | {bare} |"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    p.add_argument("folder", type=Path)
+    p.add_argument("folder", type=Path, nargs="?", help="of run folders at several world sizes")
+    p.add_argument("--steps", type=Path, nargs=2, metavar=("ONE", "MORE"), help="of bench_step.py")
+    p.add_argument("--to", type=int, default=8, help="GPUs that --steps calculates")
     args = p.parse_args(argv)
+    if (args.folder is None) == (args.steps is None):
+        p.error("a folder, or --steps with two files")
     try:
-        print(report(args.folder))
-    except ValueError as e:
+        if args.folder is not None:
+            print(report(args.folder))
+        else:
+            one, more = (json.loads(path.read_text()) for path in args.steps)
+            for a, b in zip(one, more, strict=True):
+                print(projected(a, b, args.to))
+    except (OSError, ValueError, KeyError) as e:
         print(f"scaling.py: {e}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,9 @@
-"""One thread a worker, so that results are the same bits on every run; shared text."""
+"""One thread a worker, so that results are the same bits on every run; shared text; the table of
+faults over NCCL."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -34,3 +36,19 @@ def text_data(tmp_path_factory) -> Path:
         except OSError:  # the other worker was first
             shutil.rmtree(aside)
     return final
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What test_ranks.py noted of NCCL, from all of xdist's workers; as JSON in FAULTS_JSON."""
+    reports = [r for of_kind in terminalreporter.stats.values() for r in of_kind]
+    made = [r for r in reports if getattr(r, "when", "") == "call"]
+    rows = [value for r in made for key, value in r.user_properties if key == "fault"]
+    if not rows:
+        return
+    lines = [f"{rows[0]['gpu']}, NCCL", "", "| fault | exit.json | seconds | what it says |"]
+    lines.append("| --- | ---: | ---: | --- |")
+    for row in sorted(rows, key=lambda row: row["fault"]):
+        lines.append(f"| {row['fault']} | {row['code']} | {row['seconds']} | {row['reason']} |")
+    terminalreporter.write_line("\n" + "\n".join(lines))
+    if os.environ.get("FAULTS_JSON"):
+        Path(os.environ["FAULTS_JSON"]).write_text(json.dumps(rows, indent=1))

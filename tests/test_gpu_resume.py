@@ -1,12 +1,13 @@
 """Resume and the non-finite gate on a GPU, FP8 head and compiled graphs on, at the speedrun's width
-and 4 blocks: `python -m pytest -m gpu tests/test_gpu_resume.py`, some minutes for the first of the
-processes that compile."""
+and 4 blocks: `python -m pytest -m gpu tests/test_gpu_resume.py`. The full size, and what runs
+without --deterministic do: gpu_trust.py."""
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
 
+import gpu_trust
 import helpers as H
 import pytest
 import test_gpu as G
@@ -19,39 +20,23 @@ pytestmark = [
 ]
 
 
-def run(folder, **changes):
-    """A process of its own, as a resumed run is one; its run folder."""
-    cfg = G.trainer_config(folder, looks=0, final_val=False, keep=20, **changes)
-    done = H.run_script(H.argv_of(cfg), timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "runs" / cfg.run.run_id
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     return G.write_tokens(tmp_path_factory.mktemp("tokens"), G.SIZES)
 
 
-def test_deterministic_resume_is_bitwise(tokens):
-    """Twice the same run, then resumed before, at and after a stage's end (steps 3, 4, 8 of 12)."""
-    changes = {"deterministic": True, "save_every": 1, "save_final": True}
-    whole = run(tokens, run_id="whole", **changes)
-    assert H.read_log(whole, "header")[0]["fp8"], "this GPU should have an FP8 head"
-    assert H.losses(run(tokens, run_id="twin", **changes)) == H.losses(whole)
-    last = T.load_checkpoint(whole)[0]
-    for step in (3, 4, 8):
-        name = f"from-{step}"
-        folder = tokens / "runs" / name
-        shutil.copytree(whole, folder)
-        run(tokens, run_id=name, resume=str(folder / f"ckpt/step_{step:08d}"), **changes)
-        assert H.losses(folder) == H.losses(whole), step
-        again = T.load_checkpoint(folder)[0]
-        for key, value in last["model"].items():
-            assert torch.equal(again["model"][key], value), (step, key)
-        for key, state in last["optimizer"].items():
-            for part, value in state.items():
-                assert torch.equal(again["optimizer"][key][part], value), (step, key, part)
-        assert torch.equal(again["cuda_rng"], last["cuda_rng"])
+def test_deterministic_resume_is_bitwise(tokens, tmp_path):
+    """A run, its twin, and that run resumed before, at and after a stage's end (steps 3, 4, 8 of
+    12) in one process, which compiles once; and from step 3 in a fresh one."""
+    argv = H.argv_of(G.trainer_config(tokens, run_id=""))
+    out = tmp_path / "trust"
+    own = ["--out", str(out), "--steps", str(G.STEPS), "--roles", "det", "fresh"]
+    assert gpu_trust.main([*argv, *own]) == 0
+    found = json.loads((out / "trust.json").read_text())
+    assert found["det"]["fp8"], "this GPU should have an FP8 head"
+    assert found["report"]["bitwise"] == {
+        name: [] for name in ("twin", "from3", "from4", "from8", "fresh")
+    }
 
 
 def test_a_bad_step_changes_nothing_though_the_next_was_launched(tokens):

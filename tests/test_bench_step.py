@@ -1,0 +1,109 @@
+"""What bench_step.py makes of a profile, by hand; its collectives on two gloo processes; and what
+records/scaling.py calculates from its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import bench_step as B
+import helpers as H
+import pytest
+
+from records import scaling
+
+RS, AG = "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(void)", "ncclDevKernel_AllGather_RING_LL(x)"
+
+
+def trace(*events: tuple[str, str, float, float]) -> dict:
+    """Chrome's: category, name, from, to, in ms."""
+    rows = [{"cat": c, "name": n, "ts": a * 1000, "dur": (b - a) * 1000} for c, n, a, b in events]
+    return {"traceEvents": [*rows, {"ph": "M", "name": "process_name"}]}
+
+
+def test_what_hides_communication_is_another_kernel_at_that_time():
+    spans = B.spans_of(
+        trace(
+            ("kernel", "nvjet_sm90", 0, 10),
+            ("kernel", RS, 8, 14),  # 2 ms of it beside the product, 4 bare
+            ("kernel", RS, 12, 16),  # a second stream: 2 ms more, bare
+            ("gpu_memset", "Memset (Device)", 18, 19),
+            ("kernel", AG, 18, 21),  # 1 ms beside the fill, 0.5 beside the kernel that follows
+            ("kernel", "triton_poi", 20.5, 22),
+            ("gpu_user_annotation", "nccl:all_gather", 0, 22),  # no work, a label
+            ("cpu_op", "aten::mm", 0, 22),
+        )
+    )
+    assert len(spans) == 6
+    got = B.communication(spans)
+    by_name = got.pop("by_name")
+    assert by_name == pytest.approx({RS.partition("(")[0]: 10.0, AG.partition("(")[0]: 3.0})
+    assert got == pytest.approx(
+        {"step_ms": 22, "nccl_ms": 11, "hidden_ms": 3.5, "exposed_ms": 7.5, "idle_ms": 2}
+    )
+    assert B.kind_of(RS) == B.kind_of(AG) == "communication"
+
+
+def test_merged_joins_what_touches():
+    spans = [B.Span("a", *t) for t in ((5.0, 6.0), (0.0, 2.0), (1.0, 1.5), (2.0, 3.0))]
+    assert B.merged(spans) == [(0.0, 3.0), (5.0, 6.0)] and B.length(B.merged(spans)) == 4
+    assert B.merged([]) == []
+
+
+def rows() -> tuple[dict, dict]:
+    one = {"arm": "softmax", "tokens": 400_000, "gpu": "H100", "world": 1, "ms": {"384": 800.0}}
+    two = {**one, "world": 2, "ms": {"384": 410.0}}
+    two["communication"] = [{"exposed_ms": 4.0}, {"exposed_ms": 5.0}]
+    two["collectives"] = [{"ms": 3.0}, {"ms": 5.0}]
+    return one, two
+
+
+def test_eight_gpus_by_calculation():
+    """410 = 400 + 4 of links + 6 fixed; eight links carry 7/8 where two carried 1/2."""
+    (row,) = scaling.projection(*rows(), 8)
+    assert row["fixed_ms"] == pytest.approx(6) and row["measured_efficiency"] == 400 / 410
+    assert row["ms"] == pytest.approx(100 + 6 + 4 * 1.75)
+    assert row["efficiency"] == pytest.approx(100 / 113)
+    assert row["none_hidden_ms"] == pytest.approx(100 + 6 + 8 * 1.75)
+    (same,) = scaling.projection(*rows(), 2)
+    assert same["ms"] == pytest.approx(410), "what was measured comes out for what was measured"
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path, capsys):
+    one, two = rows()
+    for a, b in ((two, one), (one, {**two, "arm": "diff_v2"}), (one, {**one, "world": 2})):
+        with pytest.raises(ValueError, match="give one arm"):
+            scaling.projection(a, b, 8)
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file, row in zip(files, (one, two), strict=True):
+        file.write_text(json.dumps([row]))
+    assert scaling.main(["--steps", *map(str, files)]) == 0
+    said = capsys.readouterr().out
+    assert "| 384 | 800.0 | 410.0, 97.6% | 6.00 | 113.0, 3,539,823, 88.5% | 120.0, 83.3% |" in said
+    assert "calculated from these and were not measured" in said
+    assert scaling.main(["--steps", *map(str, reversed(files))]) == 2
+    with pytest.raises(SystemExit):
+        scaling.main([])
+
+
+@pytest.mark.slow
+def test_two_ranks_time_their_collectives(text_data, tmp_path):
+    cfg = H.tiny(text_data, "runs")
+    keys = ("n_layer", "d_model", "n_head", "head_dim", "long_layers", "backout", "row_tokens")
+    flat, out = cfg.flat(), tmp_path / "two.json"
+    small = [f"{k}={flat[k]}" for k in keys]
+    argv = ["--preset", "demo", "--data", str(text_data), "--tokens", "256", "--steps", "1"]
+    argv += ["--windows", "128", "--profile", "3", "--out", str(out), "--set", *small]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(H.ROOT / "tests/bench_step.py"), *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(out.read_text())
+    assert row["world"] == 2 and row["ms"]["128"] > 0 and "communication" not in row
+    whats = [c["what"] for c in row["collectives"]]
+    assert whats == ["reduce-scatter", "all-gather"] * (len(whats) // 2)
+    assert all(c["ms"] > 0 and c["bytes"] % (2 * 4) == 0 for c in row["collectives"])
+    assert done.stdout.count("| all-gather |") == len(whats) // 2, "printed by one rank"
