@@ -244,6 +244,7 @@ class RunConfig:
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(False, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     loss_kernel: bool = knob(False, "fused loss of the FP8 head (records 60, 67), likewise")
+    fused_update: bool = knob(False, "pointwise work of the optimizer compiled: fewer passes")
     attention: str = knob(
         "flex",
         "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
@@ -2010,11 +2011,6 @@ def even_out(step: Tensor, second: Tensor, beta2: float, bad: Tensor) -> Tensor:
     return step * (kept / (norm * mean)).sqrt()
 
 
-def decay_where_agreed(weights: Tensor, mean: Tensor, amount: Tensor) -> None:
-    """weights x (1 - amount) where an Adam step of first moment `mean` has just shrunk them."""
-    weights.mul_(torch.where(weights * mean > 0, 1 - amount, 1.0))
-
-
 @dataclass(frozen=True)
 class Group:
     """A row of the optimizer's table."""
@@ -2026,6 +2022,40 @@ class Group:
     eps: float = 1e-10
     beta2: float = 0.0  # muon: see `even_out`
     cautious_wd: float = 0.0  # see `Bank.update`
+
+
+def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
+    """t += factor x in place. In a compiled graph only a tensor may change from step to step."""
+    return t.add_(x * factor) if isinstance(factor, Tensor) else t.add_(x, alpha=factor)
+
+
+def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor) -> Tensor:
+    """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors."""
+    grad = torch.where(bad, momentum, grad)  # NaN x 0 is NaN; drawn towards itself it stays
+    momentum.lerp_(grad, rest)
+    return grad.lerp(momentum, mu)
+
+
+def muon_update(
+    weights: Tensor, step: Tensor, second: Tensor | None, rate, bad: Tensor, group: Group
+) -> None:
+    """weights [n, rows, cols] -= rate x sqrt(max(1, rows / cols)) x step, an orthogonal one."""
+    step = step.to(weights.dtype)
+    if group.beta2:
+        step = even_out(step, second, group.beta2, bad)
+    if group.cautious_wd:  # only where both shrink the weight; cools with lr squared
+        agrees = torch.where(step * weights >= 0, weights, 0.0)
+        step = add_(step, agrees, rate * group.cautious_wd)
+    if group.wd:
+        weights.mul_(torch.where(bad, 1.0, 1 - rate * group.wd))
+    tall = max(1, step.size(1) / step.size(2)) ** 0.5
+    add_(weights, step.masked_fill_(bad, 0), -rate * tall)
+
+
+def adam_decay(weights: Tensor, mean: Tensor, rate, bad: Tensor, group: Group) -> None:
+    """Cautious decay after an Adam step: where its first moment says that it shrank the weight."""
+    share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
+    weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
@@ -2086,7 +2116,15 @@ class Bank:
         self.own, self.kept = self.data[part], self.grad[part]
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
+        self.compiled = False
+        self.functions = {f.__name__: f for f in (muon_direction, muon_update, adam_decay)}
         self.reset()
+
+    def compile(self) -> None:
+        """What is pointwise around Muon's products, and Adam's decay, in a pass or two each."""
+        self.compiled = True
+        for name, f in self.functions.items():
+            self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
 
     def clear(self) -> None:
         self.grad.zero_()
@@ -2116,31 +2154,22 @@ class Bank:
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        if self.group.kind == "adam":
-            self.adam.param_groups[0]["lr"] = self.group.lr * lr
+        group, f, rate = self.group, self.functions, self.group.lr * lr
+        factors = (rate, momentum, 1 - momentum)
+        if self.compiled:
+            factors = on_device(torch.tensor(factors), self.own.device).unbind()
+        if group.kind == "adam":
+            self.adam.param_groups[0]["lr"] = rate
             self.adam.found_inf = bad.float()
             self.adam.step()
-            if self.group.cautious_wd:
-                mean = self.adam.state[self.own]["exp_avg"]  # the step's sign, turned round
-                amount = (self.group.lr * lr) ** 2 * self.group.cautious_wd
-                decay_where_agreed(self.own, mean, bad.logical_not() * amount)
+            if group.cautious_wd:
+                mean = self.adam.state[self.own]["exp_avg"]
+                f["adam_decay"](self.own, mean, factors[0], bad, group)
             return
-        rows, cols = self.matrix
-        # NaN x 0 is NaN, hence a choice: momentum drawn towards itself stays.
-        torch.where(bad, self.momentum, self.own_grad, out=self.own_grad)
-        # Nesterov momentum as interpolations (TECHNIQUES 2.1), then one orthogonalisation a bank.
-        self.momentum.lerp_(self.own_grad, 1 - momentum)
-        u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
-        step = orthogonalize(u, dtype).to(self.own.dtype)
-        if self.group.beta2:
-            step = even_out(step, self.second.view(len(step), -1), self.group.beta2, bad)
-        rate, weights = self.group.lr * lr, self.own.view_as(step)
-        if self.group.cautious_wd:  # only where both shrink the weight; cools with lr squared
-            agrees = torch.where(step * weights >= 0, weights, 0.0)
-            step = step.add(agrees, alpha=rate * self.group.cautious_wd)
-        if self.group.wd:
-            self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
-        weights.add_(step.masked_fill_(bad, 0), alpha=-rate * max(1, rows / cols) ** 0.5)
+        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad)
+        step = orthogonalize(u.view(-1, *self.matrix), dtype)
+        second = self.second.view(len(step), -1) if group.beta2 else None
+        f["muon_update"](self.own.view_as(step), step, second, factors[0], bad, group)
 
     def state(self) -> dict[str, Tensor]:
         """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
@@ -2986,6 +3015,9 @@ class Trainer:
             self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
+        if cfg.run.fused_update and cfg.run.compile:
+            for bank in self.optimizer.banks:
+                bank.compile()
         # FlashAttention-4's backward adds in any order; FlexAttention's does not.
         self.fa4 = cfg.run.attention == "fa4" and not cfg.run.deterministic
         if self.fa4:

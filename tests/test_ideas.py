@@ -921,3 +921,33 @@ def test_paired_trains_and_samples(text_data, tmp_path):
     model, _ = T.load_model(tmp_path / "a")
     tokens, docs = rows_of_text()
     assert torch.isfinite(model.logits(tokens, docs, window())).all()
+
+
+# ---- the optimizer's pointwise work, compiled ---------------------------------------------------
+
+
+@pytest.mark.parametrize("idea", [{}, {"beta2": 0.95, "cautious_wd": 1.2, "wd": 0.1}])
+def test_fused_update_equals_eager(idea):
+    """Steps with other factors make no new graph; a bad step moves nothing."""
+    groups = {
+        "matrix": T.Group("muon", 0.05, **idea),
+        "gate": T.Group("adam", 0.02, cautious_wd=30.0 if idea else 0.0),
+    }
+    ends = []
+    for compiled in (False, True):
+        model = S.Mixed()
+        opt = T.Optimizer(model, groups, T.World(torch.device("cpu")))
+        for bank in opt.banks if compiled else ():
+            bank.compile()
+        for step in range(4):
+            for name, p in model.named_parameters():
+                p.grad.add_(S.gradient(name, p.shape, step, 0))
+            if step == 3:
+                before = {n: p.detach().clone() for n, p in model.named_parameters()}
+                model.m0.grad[0, 0] = torch.nan
+            with torch._dynamo.config.patch(error_on_recompile=compiled and step > 0):
+                opt.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]), name
+        ends.append((before, opt.state_dict()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
