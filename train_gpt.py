@@ -117,6 +117,9 @@ class ModelConfig:
     score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / head_dim, or its -1/2 power bare)")
     softcap: float = knob(30.0, "logits = c sigmoid(4 z / c) (record 18; 0: off)")
     shifted_cap: bool = knob(False, "logits = 23 sigmoid((z + 5) / 7.5) instead (record 54)")
+    tie: bool = knob(
+        False, "head and embedding start as one matrix, with the head's lr (record 51); see --untie"
+    )
     x0: bool = knob(True, "x <- a x + b x0 before each block (record 9)")
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
@@ -133,6 +136,9 @@ class ModelConfig:
     xsa: bool = knob(False, "take the own value out of each head's output (2603.09078)")
     key_offset: bool = knob(
         False, "long layers: the unrotated half of a key is the token before's (record 49)"
+    )
+    paired: tuple[int, ...] = knob(
+        (), "softmax layers whose heads see a partner's keys, half as far back (record 58: short)"
     )
     bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
     bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
@@ -160,7 +166,20 @@ class OptimConfig:
     scalar_lr: float = knob(0.04, "Adam, residual scalars")
     gate_lr: float = knob(0.008, "Adam, gates and lambda")
     adam_eps: float = knob(1e-10, "Adam, as the gradients of a zero head are tiny (record 20)")
+    adam_every: int = knob(1, "Adam, steps whose gradients make one update (record 39: 2)")
     adam_wd: float = knob(0.0, "Adam, decoupled weight decay, 1 / lr")
+    head_betas: tuple[float, ...] = knob(
+        (0.8, 0.95), "Adam, head and token embedding, beta1+beta2 (record 57: 0.5+0.95)"
+    )
+    value_betas: tuple[float, ...] = knob(
+        (0.8, 0.95), "Adam, value embeddings (record 57: 0.75+0.95)"
+    )
+    scalar_betas: tuple[float, ...] = knob(
+        (0.8, 0.95), "Adam, residual scalars (record 52: 0.9+0.99)"
+    )
+    cautious_adam_wd: float = knob(
+        0.0, "Adam, as cautious_wd: x 150 head and tied embedding, x 5 tables (record 50: 0.005)"
+    )
     grad_clip: float = knob(0.0, "largest norm of the whole gradient (0: off)")
 
 
@@ -200,6 +219,7 @@ class ScheduleConfig:
     cooldown: float = knob(0.45, "share of the steps in which lr falls to lr_floor, linearly")
     lr_floor: float = knob(0.1, "lr factor that the cooldown falls to")
     mtp: bool = knob(False, "train on the next 3, 2, 1 tokens by thirds of the steps (record 53)")
+    untie: float = knob(2 / 3, "with --tie: share of the steps after which they part (record 53)")
     ext_window: int = knob(2560, "long window of val_loss_ext, tokens (0: as trained)")
 
 
@@ -225,6 +245,7 @@ class RunConfig:
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(False, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     loss_kernel: bool = knob(False, "fused loss of the FP8 head (records 60, 67), likewise")
+    fused_update: bool = knob(False, "pointwise work of the optimizer compiled: fewer passes")
     attention: str = knob(
         "flex",
         "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
@@ -310,6 +331,8 @@ def parse_value(name: str, text: str):
     try:
         if kind == "tuple[int, ...]":
             return tuple(int(v) for v in text.split("+") if v)
+        if kind == "tuple[float, ...]":
+            return tuple(float(v) for v in text.split("+"))
         if kind == "tuple[Stage, ...]":
             return tuple(Stage.parse(v) for v in text.split("+"))
         if kind == "bool":
@@ -388,6 +411,13 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     rotates_half = m.rope and m.half_rope
     need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
+    every, clips = cfg.optim.adam_every, cfg.optim.grad_clip > 0
+    need(every >= 1, f"--adam_every {every}: 1 or more")
+    need(every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
+    for name in ("head_betas", "value_betas", "scalar_betas"):
+        betas = getattr(cfg.optim, name)
+        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        need(fits, f"--{name} {format_value(betas)}: beta1+beta2, each 0 or more and below 1")
     name, keys = parse_arm(m.arm)
     need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
     need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
@@ -420,6 +450,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         "--val_call_tokens: whole rows",
     )
     need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
+    need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
     need(r.looks <= 20, f"--looks {r.looks}: at most 20")
     need(r.keep >= 1, "--keep 1 or more")
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
@@ -443,17 +474,24 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
 
 def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     """What names blocks names some that are there and, where it matters, have attention."""
-    for name in ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers"):
+    names = ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers")
+    for name in (*names, "paired"):
         over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
     for name in ("backout", "attention_from"):
         i = getattr(m, name)
         need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
-    for name in ("layers", "value_layers"):
+    for name in ("layers", "value_layers", "paired"):
         without = set(getattr(m, name)) & set(m.no_attention)
         need(not without, f"--{name} names blocks of --no_attention")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
+    paired, name = set(m.paired), parse_arm(m.arm)[0]
+    need(not paired or m.n_head % 2 == 0, f"--paired needs an even --n_head, not {m.n_head}")
+    apart = name == "softmax" or not paired & set(arm_layers(m))
+    need(apart, f"--paired is for layers with softmax attention, not for those of {name}")
+    offset = m.key_offset and paired & set(m.long_layers)
+    need(not offset, f"--paired {format_value(m.paired)}: no long layers under --key_offset")
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
 
 
@@ -547,6 +585,8 @@ class Step:
     window: int  # tokens, long layers
     start: int  # tokens trained before it
     ahead: tuple[float, ...] = ()  # weights of the next tokens' losses (empty: the next one alone)
+    tied: bool = False  # head and embedding are one
+    adam: bool = True  # Adam updates; else it keeps the gradient for the next step
 
     @property
     def end(self) -> int:
@@ -590,7 +630,10 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
         mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
         ahead = ahead_weights(i / total) if s.mtp else ()
-        steps.append(Step(i, k, st.tokens, lr, mu, math.ceil(grown / 128) * 128, start, ahead))
+        tied = cfg.model.tie and i < round(s.untie * total)
+        adam = (total - 1 - i) % o.adam_every == 0  # the last step is one of them
+        window = math.ceil(grown / 128) * 128
+        steps.append(Step(i, k, st.tokens, lr, mu, window, start, ahead, tied, adam))
         start += st.tokens
     return steps
 
@@ -829,12 +872,20 @@ class Head:
     """
 
     def __init__(
-        self, weight: nn.Parameter, cap: Cap, dtype, fp8: bool, compiled: bool, fused: bool = False
+        self,
+        weight: nn.Parameter,
+        cap: Cap,
+        dtype,
+        fp8: bool,
+        compiled: bool,
+        fused: bool = False,
+        tied: bool = False,
     ):
         self.weight, self.cap, self.dtype, self.fp8 = weight, cap, dtype, fp8
         self.fused = fused  # FP8: losses and gradient by the kernels of section 11
-        # A flatter cap asks for larger logits: record 58 has room for weights up to 1.6.
-        self.w8_scale = 2 * W8_SCALE if cap == SHIFTED_CAP else W8_SCALE
+        # A flatter cap asks for larger logits, and a head that began as the embedding is larger:
+        # records 51 and 58 have room for weights up to 1.5 and 1.6.
+        self.w8_scale = 2 * W8_SCALE if cap == SHIFTED_CAP or tied else W8_SCALE
         wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         wrap = wrap if compiled else lambda f: f
         self._grad = wrap(grad_in_fp8 if fp8 else grad_in)
@@ -1110,8 +1161,15 @@ def attend(
     return y.transpose(1, 2)
 
 
-def dense_mask(docs: Tensor, window: Tensor) -> Tensor:
-    """docs [B, T], window [1 or H] -> bool [B, 1 or H, T, T]: causal, same document, in window."""
+def repeated(docs: Tensor, each: int) -> Tensor:
+    """docs [B, T] -> [B, each T], of rows that have every token so many times (`Paired`)."""
+    return docs if each == 1 else docs.repeat_interleave(each, dim=1)
+
+
+def dense_mask(docs: Tensor, window: Tensor, each: int = 1) -> Tensor:
+    """docs [B, T], window [1 or H] -> bool [B, 1 or H, T, T]: causal, same document, in
+    window; of the rows that `repeated` makes of them, whose tokens the window then counts."""
+    docs = repeated(docs, each)
     t = torch.arange(docs.size(1), device=docs.device)
     back = t[:, None] - t
     near = (back >= 0) & (back < window[:, None, None])
@@ -1168,20 +1226,24 @@ def _(docs, window):
     return [docs.new_empty(shape) for _ in range(4) for shape in (counts, (*counts, n))]
 
 
-def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
+def block_mask(docs: Tensor, window: Tensor, each: int = 1) -> BlockMask:
     """dense_mask for FlexAttention, token-exact. The window is a tensor on the device, so that a
     new one needs no new graph (record 13)."""
     per_head = window.size(0) > 1
+    rows = repeated(docs, each)  # the kernel reads `docs`, which is no product of the graph
+
+    def document(b, i):
+        return docs[b, i] if each == 1 else docs[b, i // each]
 
     def visible(b, h, q, kv):
         near = q - kv < (window[h] if per_head else window[0])
-        return (kv <= q) & (docs[b, q] == docs[b, kv]) & near
+        return (kv <= q) & (document(b, q) == document(b, kv)) & near
 
     fields = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     fields += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
     return BlockMask(
-        seq_lengths=(docs.size(1), docs.size(1)),
-        **dict(zip(fields, block_lists(docs, window), strict=True)),
+        seq_lengths=(rows.size(1), rows.size(1)),
+        **dict(zip(fields, block_lists(rows, window), strict=True)),
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=visible,
     )
@@ -1292,6 +1354,23 @@ class Softmax(Arm):
     def flops_per_token(self, mean_keys: float) -> float:
         """Forward FLOPs of scores and values, without projections."""
         return 4 * mean_keys * self.n_out + self.selector_flops(mean_keys)
+
+
+class Paired(Softmax):
+    """Softmax in which heads i and i + n_head / 2 are one head on a row of twice the length: a
+    token's query and key of the first, then those of the second (record 58). A query then chooses
+    among both heads' keys, and a window reaches half as many tokens back."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__(cfg, layer)
+        self.heads_q = self.heads_kv = self.heads // 2
+
+    def forward(self, x, ve, ctx):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in project(x, [self.q, self.k, self.v]))
+        v = self.mix(v, ve)
+        q, k, both = (t.unflatten(2, (2, -1)).flatten(1, 2) for t in (q, k, v))
+        q, k = self.position(q, k, ctx)
+        return attend(q, k, both, ctx).reshape(*x.shape[:2], -1), v
 
 
 class Selective(Softmax):
@@ -1424,6 +1503,8 @@ def arm_layers(cfg: ModelConfig) -> list[int]:
 
 def build_arm(cfg: ModelConfig, layer: int) -> nn.Module:
     name, _ = parse_arm(cfg.arm)
+    if layer in cfg.paired:
+        return Paired(cfg, layer)
     if layer not in arm_layers(cfg):
         return Softmax(cfg, layer)
     return (ARMS[name] if name in ARMS else user_arm(name))(cfg, layer)
@@ -1594,16 +1675,20 @@ class GPT(nn.Module):
         self.softcap: Cap = SHIFTED_CAP if cfg.shifted_cap else cfg.softcap
         self.flex: bool | None = None  # None: FlexAttention on CUDA, dense on CPU
         rows = padded(cfg.vocab)
-        self.embed = parameter((rows, cfg.d_model), ("normal", 1.0), "embed")
+        shape = (rows, cfg.d_model)
+        self.embed = parameter(shape, ("normal", 1.0), "embed")
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
-        self.head = parameter((rows, cfg.d_model), ("zeros",), "head")
+        self.head = parameter(shape, ("zeros",), "head")
+        if cfg.tie:  # stored twice; `Optimizer.step` keeps them equal
+            self.head.init = self.embed.init = ("normal", 0.005)
+            self.embed.group, self.embed.starts_as = "tied", "head"
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
         tables = len(cfg.value_layers) or cfg.value_tables
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
         self.bigram = Bigram(cfg) if cfg.bigram else None
         self.smear = Smear() if cfg.smear else None
-        self.register_rope(max_length)
+        self.register_rope(2 * max_length if cfg.paired else max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
         """As wide as its widest reader; a narrower one takes the first columns."""
@@ -1633,7 +1718,10 @@ class GPT(nn.Module):
         flex = docs.is_cuda if self.flex is None else self.flex
         make = block_mask if flex and docs.size(1) % BLOCK == 0 else dense_mask
         limits = window.values if isinstance(window, Limits) else None
-        bounds = None if limits is None else document_bounds(docs, limits)
+        sizes = (1, 2) if self.cfg.paired else (1,)
+        bounds = (
+            {} if limits is None else {n: document_bounds(repeated(docs, n), limits) for n in sizes}
+        )
         rope = {dim: getattr(self, f"rope_{dim}") for dim in self.rope_dims}
         starts = starts_of(docs)
         masks, out = {}, []
@@ -1642,15 +1730,17 @@ class GPT(nn.Module):
                 out.append(None)
                 continue
             caps = getattr(block.attn.arm, "head_windows", None)
-            key = (i in self.cfg.long_layers, caps)
+            each = 2 if i in self.cfg.paired else 1  # times that a row has a token
+            key = (i in self.cfg.long_layers, caps, each)
             short = not key[0]
             if key not in masks and limits is not None:  # caps come in pairs: one of each map
-                masks[key] = Documents(bounds, limits, short, (caps or (NO_LIMIT,))[:2]), None
+                of_maps = (caps or (NO_LIMIT,))[:2]
+                masks[key] = Documents(bounds[each], limits, short, of_maps), None
             elif key not in masks:
                 w = window[int(short)].view(1)
                 if caps is not None:
                     w = torch.minimum(w, block.attn.window_caps)
-                masks[key] = (make(docs, w), w)
+                masks[key] = (make(docs, w, each), w)
             mask, w = masks[key]
             out.append(Context(mask, rope, self.score_scale, starts, docs, w))
         return out
@@ -1693,12 +1783,13 @@ class GPT(nn.Module):
 
 def init_parameters(model: nn.Module, seed: int) -> None:
     """Starts every parameter from a generator of its own, seeded by `seed` and its *name*, so that
-    tensors that two arms share start byte-identical. A parameter without `init` (a user's plain
-    module) keeps the value that it was built with."""
+    tensors that two arms share start byte-identical; `starts_as` is the name of one to equal. A
+    parameter without `init` (a user's plain module) keeps the value that it was built with."""
     for name, p in model.named_parameters():
         if getattr(p, "init", None) is None:
             continue
         kind, *args = p.init
+        name = getattr(p, "starts_as", name)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         value = torch.empty(p.shape)
@@ -1724,7 +1815,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         stored += p.numel()
         if ".attn." in name:
             attention += p.numel()
-        if p.ndim == 2 and group not in ("embed", "value", "bigram", "scalar"):
+        if p.ndim == 2 and group not in ("embed", "tied", "value", "bigram", "scalar"):
             active += p.numel()
     return {"active_matmul": active, "stored": stored, "attention": attention}
 
@@ -1789,21 +1880,58 @@ class Group:
     wd: float = 0.0
     eps: float = 1e-10
     beta2: float = 0.0  # muon: see `even_out`
-    cautious_wd: float = 0.0  # muon: see `Bank.update`
+    cautious_wd: float = 0.0  # see `Bank.update`
+
+
+def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
+    """t += factor x in place. In a compiled graph only a tensor may change from step to step."""
+    return t.add_(x * factor) if isinstance(factor, Tensor) else t.add_(x, alpha=factor)
+
+
+def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor) -> Tensor:
+    """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors."""
+    grad = torch.where(bad, momentum, grad)  # NaN x 0 is NaN; drawn towards itself it stays
+    momentum.lerp_(grad, rest)
+    return grad.lerp(momentum, mu)
+
+
+def muon_update(
+    weights: Tensor, step: Tensor, second: Tensor | None, rate, bad: Tensor, group: Group
+) -> None:
+    """weights [n, rows, cols] -= rate x sqrt(max(1, rows / cols)) x step, an orthogonal one."""
+    step = step.to(weights.dtype)
+    if group.beta2:
+        step = even_out(step, second, group.beta2, bad)
+    if group.cautious_wd:  # only where both shrink the weight; cools with lr squared
+        agrees = torch.where(step * weights >= 0, weights, 0.0)
+        step = add_(step, agrees, rate * group.cautious_wd)
+    if group.wd:
+        weights.mul_(torch.where(bad, 1.0, 1 - rate * group.wd))
+    tall = max(1, step.size(1) / step.size(2)) ** 0.5
+    add_(weights, step.masked_fill_(bad, 0), -rate * tall)
+
+
+def adam_decay(weights: Tensor, mean: Tensor, rate, bad: Tensor, group: Group) -> None:
+    """Cautious decay after an Adam step: where its first moment says that it shrank the weight."""
+    share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
+    weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
     """The one table: what `p.group` names (constants of records 20 to 57, see OptimConfig)."""
     adam = functools.partial(Group, "adam", eps=o.adam_eps, wd=o.adam_wd)
+    decay = o.cautious_adam_wd
+    head = adam(o.head_lr, o.head_betas, cautious_wd=150 * decay)
     return {
         "matrix": Group(
             "muon", o.matrix_lr, wd=o.matrix_wd, beta2=o.normuon, cautious_wd=o.cautious_wd
         ),
-        "head": adam(o.head_lr),
-        "embed": adam(o.embed_lr),
-        "value": adam(o.value_lr),
-        "bigram": adam(o.value_lr, (0.75, 0.95)),
-        "scalar": adam(o.scalar_lr, wd=0.0),
+        "head": head,
+        "embed": adam(o.embed_lr, o.head_betas, cautious_wd=5 * decay),  # a table by its lr
+        "tied": head,  # the embedding under --tie: as the head, also after they part
+        "value": adam(o.value_lr, o.value_betas, cautious_wd=5 * decay),
+        "bigram": adam(o.value_lr, (0.75, 0.95), cautious_wd=5 * decay),
+        "scalar": adam(o.scalar_lr, o.scalar_betas, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
         "smear": adam(0.01 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 52
     }
@@ -1843,9 +1971,30 @@ class Bank:
             p.data = self.data[part].view(p.shape)
             p.grad = self.grad[part].view(p.shape)
         own = total // world.size
-        self.own = self.data[world.rank * own : (world.rank + 1) * own]
+        part = slice(world.rank * own, (world.rank + 1) * own)
+        self.own, self.kept = self.data[part], self.grad[part]
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
+        self.held = False  # `kept` has the gradient of earlier steps
+        self.compiled = False
+        self.functions = {f.__name__: f for f in (muon_direction, muon_update, adam_decay)}
         self.reset()
+
+    def compile(self) -> None:
+        """What is pointwise around Muon's products, and Adam's decay, in a pass or two each."""
+        self.compiled = True
+        for name, f in self.functions.items():
+            self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
+
+    def clear(self) -> None:
+        self.grad.zero_()
+        self.held = False
+
+    def hold(self) -> None:
+        """Leaves the gradient to a later step: of the sum over ranks, each rank its own slice."""
+        if self.world.size > 1:
+            self.grad.zero_()
+            self.kept.copy_(self.own_grad)
+        self.held = True
 
     def reset(self) -> None:
         """State as at step 0."""
@@ -1864,35 +2013,31 @@ class Bank:
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        if self.group.kind == "adam":
-            self.adam.param_groups[0]["lr"] = self.group.lr * lr
+        group, f, rate = self.group, self.functions, self.group.lr * lr
+        factors = (rate, momentum, 1 - momentum)
+        if self.compiled:
+            factors = on_device(torch.tensor(factors), self.own.device).unbind()
+        if group.kind == "adam":
+            self.adam.param_groups[0]["lr"] = rate
             self.adam.found_inf = bad.float()
             self.adam.step()
+            if group.cautious_wd:
+                mean = self.adam.state[self.own]["exp_avg"]
+                f["adam_decay"](self.own, mean, factors[0], bad, group)
             return
-        rows, cols = self.matrix
-        # NaN x 0 is NaN, hence a choice: momentum drawn towards itself stays.
-        torch.where(bad, self.momentum, self.own_grad, out=self.own_grad)
-        # Nesterov momentum as interpolations (TECHNIQUES 2.1), then one orthogonalisation a bank.
-        self.momentum.lerp_(self.own_grad, 1 - momentum)
-        u = self.own_grad.lerp(self.momentum, momentum).view(-1, rows, cols)
-        step = orthogonalize(u, dtype).to(self.own.dtype)
-        if self.group.beta2:
-            step = even_out(step, self.second.view(len(step), -1), self.group.beta2, bad)
-        rate, weights = self.group.lr * lr, self.own.view_as(step)
-        if self.group.cautious_wd:  # only where both shrink the weight; cools with lr squared
-            agrees = torch.where(step * weights >= 0, weights, 0.0)
-            step = step.add(agrees, alpha=rate * self.group.cautious_wd)
-        if self.group.wd:
-            self.own.mul_(torch.where(bad, 1.0, 1 - rate * self.group.wd))
-        weights.add_(step.masked_fill_(bad, 0), alpha=-rate * max(1, rows / cols) ** 0.5)
+        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad)
+        step = orthogonalize(u.view(-1, *self.matrix), dtype)
+        second = self.second.view(len(step), -1) if group.beta2 else None
+        f["muon_update"](self.own.view_as(step), step, second, factors[0], bad, group)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count too. `second` has
-        a number for every min(rows, cols) weights."""
+        """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
+        that it holds. `second` has a number for every min(rows, cols) weights."""
         if self.group.kind == "muon":
             return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
         state = self.adam.state.get(self.own, {})
-        return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+        held = {"grad": self.kept} if self.held else {}
+        return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state} | held
 
 
 def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
@@ -1916,12 +2061,14 @@ class Optimizer:
             shape = matrix_view(p)[1:] if groups[group].kind == "muon" else ()
             sorted_items.setdefault((group, shape), []).append((name, p))
         self.banks = [Bank(groups[k[0]], items, world) for k, items in sorted_items.items()]
+        at = {group: i for i, (group, _) in enumerate(sorted_items)}
+        self.tied = [self.banks[at[group]] for group in ("head", "tied") if "tied" in at]
         self.banks.sort(key=lambda b: b.data.numel())
         self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
 
     def zero_grad(self) -> None:
         for bank in self.banks:
-            bank.grad.zero_()
+            bank.clear()
 
     def reset(self) -> None:
         self.zero_grad()
@@ -1930,9 +2077,20 @@ class Optimizer:
             bank.reset()
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float, beside: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        lr: float,
+        momentum: float,
+        beside: Tensor | None = None,
+        *,
+        tied: bool = False,
+        adam: bool = True,
+    ) -> Tensor:
         """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss).
 
+        tied: head and embedding get the sum of their gradients. As their weights, state and
+        settings are equal, so are their updates: they are one matrix until this stops.
+        adam: else Adam's gradients stay and count in the next step, its norm included.
         beside [n]: figures that are summed over ranks in place, in the norm's own collective. Where
         the norm or one of them is not finite, `bad` becomes true and stays so: no rank updates
         anything from this step on, and no host waited to find out.
@@ -1941,7 +2099,12 @@ class Optimizer:
         for wait in waits:
             if wait is not None:
                 wait.wait()
-        squares = torch.stack(torch._foreach_norm([b.own_grad for b in self.banks])).square()
+        grads = [b.own_grad for b in self.banks]
+        if tied and adam:
+            head, embed = (b.own_grad for b in self.tied)
+            embed.copy_(head.add_(embed))
+            grads = [g for g in grads if g is not embed]  # the norm counts it once
+        squares = torch.stack(torch._foreach_norm(grads)).square()
         mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
         sums = self.world.sum(torch.cat(mine))
         self.bad.logical_or_(sums.isfinite().all().logical_not())
@@ -1953,12 +2116,15 @@ class Optimizer:
             torch._foreach_mul_([b.own_grad for b in self.banks], factor)
         gathers = []
         for bank in self.banks:
-            bank.update(lr, momentum, self.muon_dtype, self.bad)
-            gathers.append(self.world.all_gather(bank.data, bank.own))
+            if bank.group.kind == "muon" or adam:
+                bank.update(lr, momentum, self.muon_dtype, self.bad)
+                gathers.append(self.world.all_gather(bank.data, bank.own))
+                bank.clear()
+            else:
+                bank.hold()
         for wait in gathers:
             if wait is not None:
                 wait.wait()
-        self.zero_grad()
         return length
 
     def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -1987,6 +2153,7 @@ class Optimizer:
         self.bad.zero_()
         for bank in self.banks:
             bank.reset()
+            bank.clear()
             first = state.get(next(iter(bank.slots)), {})
             for key in set(first) - {"step"}:
                 k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
@@ -1995,7 +2162,10 @@ class Optimizer:
                     full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
                 n = bank.own.numel() // k
                 own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
-                if bank.group.kind == "muon":
+                if key == "grad":
+                    bank.kept.copy_(own)
+                    bank.held = True
+                elif bank.group.kind == "muon":
                     setattr(bank, key, own)
                 else:
                     bank.adam.state[bank.own][key] = own
@@ -2712,8 +2882,11 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused = mlp
-        compiled, cap = cfg.run.compile, self.model.softcap
-        self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss)
+        if cfg.run.fused_update and cfg.run.compile:
+            for bank in self.optimizer.banks:
+                bank.compile()
+        compiled, cap, tied = cfg.run.compile, self.model.softcap, cfg.model.tie
+        self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss, tied)
         self.forward = self.model
         if compiled:
             configure_compiler()
@@ -2798,7 +2971,8 @@ class Trainer:
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
         for rows, row in sorted({self.call_shape(s.tokens) for s in self.cfg.schedule.stages}):
             self.announce(f"training graph, {rows} x {row} tokens a call")
-            step = dataclasses.replace(self.steps[0], tokens=rows * row * self.world.size)
+            tokens = rows * row * self.world.size
+            step = dataclasses.replace(self.steps[0], tokens=tokens, adam=True)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
         self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
@@ -2824,7 +2998,8 @@ class Trainer:
         ranks that want to stop], gradient norm), over all ranks."""
         stop = torch.full((), float(self.stop), device=self.world.device)
         figures = torch.stack([self.gradients(step, batch), stop])
-        norm = self.optimizer.step(step.lr if lr is None else lr, step.momentum, figures)
+        lr = step.lr if lr is None else lr
+        norm = self.optimizer.step(lr, step.momentum, figures, tied=step.tied, adam=step.adam)
         return figures, norm / LOSS_SCALE
 
     def gradients(self, step: Step, batch: Batch) -> Tensor:

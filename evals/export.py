@@ -313,6 +313,10 @@ def refuse_own_arm(meta: dict) -> None:
             f"arm {arm!r} is not built in: a folder needs modelling code of its own for it, and "
             f"evals/modeling_nca.py has {', '.join(T.ARMS)}"
         )
+    if meta["config"].get("paired"):
+        raise T.InputError(
+            "evals/modeling_nca.py has no --paired heads: train without for a folder"
+        )
 
 
 def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -159,6 +159,8 @@ def check_window(attn: torch.nn.Module, context: T.Context, cfg: T.ModelConfig, 
     caps = getattr(attn.arm, "head_windows", None)
     long = layer in cfg.long_layers
     window = min(WINDOWS[0 if long else 1], max(caps or (T.NO_LIMIT,)))
+    if layer in cfg.paired:  # a row has each token twice, and from the first of two the other's...
+        window = window // 2 + 1  # ... key, w - 1 places back, is w / 2 tokens back
     window += long and cfg.key_offset  # the last key in the window has a half of the one before
     spots = (5, 40)
     for at in spots:

@@ -264,6 +264,8 @@ def test_flat_round_trip(preset, arm):
 def test_flat_round_trip_of_anything(data):
     numbers = {"int": st.integers(0, 10**9), "bool": st.booleans()}
     numbers["float"] = st.floats(0, 1e6, allow_nan=False)
+    some = st.floats(0, 0.999, exclude_max=True)
+    numbers["tuple[float, ...]"] = st.lists(some, min_size=1, max_size=3).map(tuple)
     numbers["tuple[int, ...]"] = st.lists(st.integers(0, 99), max_size=5).map(tuple)
     names = data.draw(st.lists(st.sampled_from(sorted(T.FLAGS)), max_size=8, unique=True))
     changes = {}

@@ -175,7 +175,7 @@ def test_tied_gradient_is_autograds(text_data, tmp_path):
     want = torch.autograd.grad(loss, list(params.values()))
     seen = {}
 
-    def step(lr, momentum, figures):
+    def step(lr, momentum, figures, **_):
         seen.update({n: p.grad.clone() / T.LOSS_SCALE for n, p in params.items()})
         return torch.zeros(())
 

@@ -109,6 +109,7 @@ ARMS = {
     "diff_v2,form=light": {},
     "diff_v2,form=light+": {},
     "diff_v2,window2=150": {},
+    "softmax, paired": {"paired": (0,)},
     "softmax, 64": {"n_head": 12, "head_dim": 64, "xsa": True},
     "diff_v2,form=light,window2=150, 64": {"n_head": 12, "head_dim": 64},
 }
@@ -130,9 +131,10 @@ class Layers(T.GPT):
         make = functools.partial(T.make_config, n_layer=2, no_attention=(), value_tables=1)
         cfgs = [make(arm=name.split(", ")[0], **changes).model for name, changes in arms.items()]
         self.blocks = nn.ModuleList(Holder(T.Attention(cfg, 0)) for cfg in cfgs)
-        self.cfg = make(long_layers=tuple(range(len(arms)))).model
+        paired = tuple(i for i, changes in enumerate(arms.values()) if "paired" in changes)
+        self.cfg = make(long_layers=tuple(range(len(arms))), paired=paired).model
         self.flex = True
-        self.register_rope(length)  # of head dims 64 and 128
+        self.register_rope(2 * length)  # of head dims 64 and 128; paired heads have longer rows
         T.init_parameters(self, 0)
         gen = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -541,3 +543,35 @@ def long_errors():
 def test_attend_long(long_errors, name):
     for span in LONG_SPANS:
         check_errors(long_errors[name, span])
+
+
+# ---- the optimizer's pointwise work, compiled ---------------------------------------------------
+
+
+def test_fused_update():
+    """Against the eager one, with everything on; other lr and momentum make no new graph."""
+    shapes = {"q": (768, 768), "up": (3072, 768), "down": (768, 3072), "table": (4096, 768)}
+    groups = {
+        "matrix": T.Group("muon", 0.02, beta2=0.95, cautious_wd=1.2, wd=0.05),
+        "value": T.Group("adam", 0.6, cautious_wd=0.025),
+    }
+    gen, ends = torch.Generator(DEVICE).manual_seed(0), []
+    grads = [torch.randn(s, generator=gen, device=DEVICE) for s in shapes.values()]
+    for compiled in (False, True):
+        model = nn.Module()
+        for name, shape in shapes.items():
+            group = "value" if name == "table" else "matrix"
+            p = T.parameter(shape, (), group)
+            p.data = torch.full(shape, 0.02, device=DEVICE)
+            model.register_parameter(name, p)
+        opt = T.Optimizer(model, groups, T.World(torch.device(DEVICE)))
+        for bank in opt.banks if compiled else ():
+            bank.compile()
+        for step in range(4):
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad.copy_(grad.roll(step, 0))
+            with no_recompile() if compiled and step else contextlib.nullcontext():
+                opt.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for name, got, want in zip(shapes, *ends, strict=True):
+        assert error(got, want) < 1e-4, name

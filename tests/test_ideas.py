@@ -3,6 +3,8 @@ within its document, nothing where it is off, and a short run that learns."""
 
 from __future__ import annotations
 
+import shutil
+
 import helpers as H
 import pytest
 import test_sharding as S
@@ -27,10 +29,14 @@ IDEAS = {
     "value layers": {"value_layers": (1, 2, 3)},
     "shifted cap": {"shifted_cap": True},
     "single activation": {"attention_from": 1},
+    "tie": {"tie": True},
 }
 TRAINING = {"mtp": {"mtp": True}, "optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
+TRAINING |= {"adam every 2": {"adam_every": 2}, "cautious Adam": {"cautious_adam_wd": 0.005}}
+TRAINING["betas"] = {"head_betas": (0.5, 0.95), "value_betas": (0.75, 0.95)}
+TRAINING["betas"] |= {"scalar_betas": (0.9, 0.99)}
 # Without a parameter that starts as a no-op.
-ACTS_AT_ONCE = {"key offset", "value layers", "single activation"}
+ACTS_AT_ONCE = {"key offset", "value layers", "single activation", "tie"}
 
 
 def build(random: bool = True, **changes) -> T.GPT:
@@ -220,6 +226,18 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
         ("--bigram-dim", {"bigram_dim": 192}),
         ("--normuon", {"normuon": 1.0}),
         ("--attention-from", {"attention_from": 12}),
+        ("--untie", {"tie": True, "untie": 1.5}),
+        ("--head-betas", {"head_betas": (0.5,)}),
+        ("--scalar-betas", {"scalar_betas": (0.9, 1.0)}),
+        ("--adam-every", {"adam_every": 0}),
+        ("--grad-clip", {"adam_every": 2, "grad_clip": 1.0}),
+        ("--paired", {"paired": (7,)}),
+        ("--paired", {"paired": (12,)}),
+        ("--paired", {"paired": (1,), "n_head": 3}),
+        ("--paired", {"paired": (1,), "arm": "diff_v2"}),
+        ("--paired", {"paired": (1, 3), "arm": "diff_v1,layers=0+3"}),
+        ("--paired", {"paired": (1,), "arm": "selective"}),
+        ("--paired", {"paired": (0, 1), "key_offset": True}),
     ],
 )
 def test_what_cannot_be_is_refused(flag, changes):
@@ -535,3 +553,401 @@ def test_later_attention_reads_one_blocks_output():
     for x in inputs[2:]:
         torch.testing.assert_close(x, T.norm(outputs[1]))
     assert not torch.allclose(inputs[1], T.norm(outputs[1]))
+
+
+# ---- head and embedding as one, then apart ------------------------------------------------------
+
+TIED = {"tie": True, "tokens": 256 * 9, "untie": 2 / 3}  # 9 steps, the first 6 tied
+
+
+def test_tied_start():
+    model, other = build(False, tie=True), build(False)
+    assert torch.equal(model.embed, model.head) and model.embed is not model.head
+    assert 0.0045 < float(model.head.detach().std()) < 0.0055
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert name in ("embed", "head") or torch.equal(p, q), name
+    assert T.count_parameters(model) == T.count_parameters(other)
+
+
+def test_a_small_embedding_survives_its_norm_in_bfloat16():
+    """rms_norm's default eps is float32's: bfloat16's would shrink rows of 0.005 to a sixteenth."""
+    x = (0.005 * torch.randn(4, 768, generator=torch.Generator().manual_seed(0))).bfloat16()
+    for f in (T.norm, torch.compile(T.norm)):
+        assert f(x).float().square().mean().sqrt() == pytest.approx(1.0, abs=0.01)
+
+
+def test_tied_plan():
+    cfg = T.make_config("speedrun", tie=True)
+    steps = T.plan_steps(cfg, 50_000_000)
+    tied = [s.tied for s in steps]
+    assert sum(tied) == round(len(steps) * 2 / 3) and all(tied[: sum(tied)])
+    assert not any(s.tied for s in T.plan_steps(cfg.with_(tie=False), 50_000_000))
+    assert not any(s.tied for s in T.plan_steps(cfg.with_(untie=0.0), 50_000_000))
+
+
+class Two(nn.Module):
+    """Head and embedding of 7 x 6, and a matrix beside them."""
+
+    def __init__(self):
+        super().__init__()
+        start = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+        for name, group in (("head", "head"), ("embed", "tied"), ("m", "matrix")):
+            p = T.parameter((7, 6), ("zeros",), group)
+            p.data = start.clone()
+            self.register_parameter(name, p)
+
+
+def tied_steps(ranks: list[int], world: T.World) -> dict:
+    """Three tied steps and three apart, on the sum of these ranks' gradients."""
+    model = Two()
+    groups = T.parameter_groups(T.OptimConfig(head_lr=0.02, cautious_adam_wd=0.01))
+    opt, norms, along = T.Optimizer(model, groups, world), [], []
+    for step in range(6):
+        for name, p in model.named_parameters():
+            for rank in ranks:
+                p.grad.add_(S.gradient(name, p.shape, step, rank))
+        norms.append(opt.step(1.0, 0.9, tied=step < 3))
+        along.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return {"along": along, "norms": torch.stack(norms), "state": opt.state_dict()}
+
+
+def naive_adam(w, g, m, v, t: int, lr: float, betas=(0.8, 0.95), decay: float = 0.0) -> None:
+    """One parameter's update number t, in place; then cautious decay where it shrank the weight."""
+    m += (1 - betas[0]) * (g - m)
+    v += (1 - betas[1]) * (g * g - v)
+    w -= lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-10)
+    w -= lr**2 * decay * (w * m > 0) * w
+
+
+def test_tied_steps_equal_one_matrix_whose_state_is_copied():
+    got = tied_steps([0], T.World(torch.device("cpu")))
+    start = Two().head.detach()
+    one = [start.clone(), torch.zeros(7, 6), torch.zeros(7, 6)]  # w, m, v
+    for step in range(6):
+        grads = {n: S.gradient(n, (7, 6), step, 0) for n in ("head", "embed", "m")}
+        if step < 3:
+            g = grads.pop("embed") + grads["head"]
+            naive_adam(one[0], g, *one[1:], step + 1, 0.02, decay=1.5)
+            grads["head"], two = g, {n: [t.clone() for t in one] for n in ("head", "embed")}
+        else:
+            for name, (w, m, v) in two.items():
+                naive_adam(w, grads[name], m, v, step + 1, 0.02, decay=1.5)
+        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        assert got["norms"][step] == pytest.approx(float(norm), rel=1e-5)
+        along = got["along"][step]
+        assert torch.equal(along["head"], along["embed"]) == (step < 3)
+        for name, (w, _, _) in two.items():
+            torch.testing.assert_close(along[name], w, rtol=1e-5, atol=1e-6)
+
+
+def two_ranks_tied() -> dict:
+    world = T.World.start("cpu")
+    return tied_steps([world.rank], world)
+
+
+def test_tied_sharded_equals_unsharded(tmp_path):
+    want = tied_steps([0, 1], T.World(torch.device("cpu")))
+    for got in H.on_ranks(2, two_ranks_tied, tmp_path):
+        torch.testing.assert_close(got["norms"], want["norms"], rtol=1e-5, atol=0)
+        for a, b in zip(got["along"], want["along"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got["state"], want["state"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(got["along"][2]["head"], got["along"][2]["embed"])
+
+
+@pytest.fixture(scope="module")
+def tied_run(text_data, tmp_path_factory):
+    """A whole tied run with a checkpoint after each step, Adam every second step."""
+    out, seen = tmp_path_factory.mktemp("tied"), []
+    changes = {**TIED, "adam_every": 2, "cautious_adam_wd": 0.005, "keep": 20}
+    cfg = H.tiny(text_data, out, **changes, save_every=1, save_final=True, run_id="whole")
+    hooks = T.Hooks(after_step=lambda trainer, _: seen.append(is_one(trainer.model)))
+    trainer = T.Trainer(cfg, hooks)
+    trainer.run()
+    return cfg, trainer, seen
+
+
+def is_one(model: T.GPT) -> bool:
+    return torch.equal(model.embed, model.head)
+
+
+def test_they_part_when_they_should(tied_run):
+    """Steps 1 to 6 are tied, and Adam updates after steps 1, 3, 5, 7, 9."""
+    cfg, trainer, seen = tied_run
+    assert [s.adam for s in trainer.steps] == [i % 2 == 0 for i in range(9)]
+    assert seen == [True] * 6 + [False] * 3
+    whole = H.losses(trainer.folder)
+    assert whole[-1] < whole[0] - 0.3
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 7, 8])
+def test_resume_is_bitwise_around_the_split(tied_run, tmp_path, step):
+    """Also where Adam holds a gradient (after an even step)."""
+    cfg, trainer, _ = tied_run
+    folder = tmp_path / "whole"
+    shutil.copytree(trainer.folder, folder)
+    at = folder / "ckpt" / f"step_{step:08d}"
+    held = "grad" in T.load_checkpoint(at)[0]["optimizer"]["head"]
+    assert held == (step % 2 == 0)
+    T.train(cfg.with_(run_id="", out=str(tmp_path), resume=str(at)))
+    assert H.losses(folder) == H.losses(trainer.folder)
+    want, got = (
+        T.load_checkpoint(f / "ckpt" / "step_00000009")[0] for f in (trainer.folder, folder)
+    )
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(got[part], want[part], rtol=0, atol=0)
+
+
+def test_reset_ties_again(tied_run, tmp_path):
+    cfg, trainer, seen = tied_run
+    first = H.losses(trainer.folder)
+    assert not is_one(trainer.model)
+    trainer.reset(cfg.run.seed, cfg.data.data_seed, run_id="again")
+    assert is_one(trainer.model)
+    trainer.run()
+    assert H.losses(trainer.folder) == first
+    assert seen[9:] == seen[:9]
+
+
+@pytest.mark.parametrize("tied, room", [(False, 0.875), (True, 1.75)])
+def test_fp8_weights_of_a_tied_head_have_room(tied, room):
+    head = T.Head(nn.Parameter(torch.zeros(16, 16)), 30.0, torch.float32, False, False, tied=tied)
+    assert head.w8_scale * 448 == room
+
+
+# ---- Adam: betas, cautious decay, updates of several steps ---------------------------------------
+
+
+def test_betas_and_decay_of_the_groups():
+    plain = T.parameter_groups(T.OptimConfig())
+    assert {g.betas for n, g in plain.items() if n in ("head", "embed", "value", "scalar")} == {
+        (0.8, 0.95)
+    }
+    assert not any(g.cautious_wd for g in plain.values())
+    groups = T.parameter_groups(
+        T.OptimConfig(
+            head_betas=(0.5, 0.9),
+            value_betas=(0.75, 0.8),
+            scalar_betas=(0.9, 0.99),
+            cautious_adam_wd=0.005,
+        )
+    )
+    betas = {"head": (0.5, 0.9), "embed": (0.5, 0.9), "tied": (0.5, 0.9), "value": (0.75, 0.8)}
+    betas |= {"scalar": (0.9, 0.99), "gate": (0.9, 0.99), "bigram": (0.75, 0.95)}
+    assert all(groups[n].betas == b for n, b in betas.items())
+    decay = {"head": 0.75, "tied": 0.75, "embed": 0.025, "value": 0.025, "bigram": 0.025}
+    for name, group in groups.items():
+        assert group.cautious_wd == pytest.approx(decay.get(name, 0.0)), name
+    assert T.make_config(head_betas=(0.5, 0.95)).flat()["head_betas"] == "0.5+0.95"
+    assert T.parse_value("head_betas", "0.5+0.95") == (0.5, 0.95)
+
+
+def adam_alone(every: int, steps: int = 6, **group) -> tuple[nn.Module, T.Optimizer, torch.Tensor]:
+    """A parameter after `steps` steps, its optimizer, and what the equations say it should be."""
+    gen = torch.Generator().manual_seed(0)
+    model = nn.Module()
+    model.register_parameter("p", T.parameter((9, 7), ("zeros",), "gate"))
+    model.p.data = torch.randn(9, 7, generator=gen)
+    w = model.p.detach().clone()
+    m, v, held = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
+    opt = T.Optimizer(model, {"gate": T.Group("adam", 0.05, **group)}, T.World(torch.device("cpu")))
+    for step in range(steps):
+        g, factor = torch.randn(9, 7, generator=gen), 1.0 - 0.1 * step
+        model.p.grad.add_(g)
+        held += g
+        norm = opt.step(factor, 0.9, adam=(step + 1) % every == 0)
+        assert float(norm) == pytest.approx(float(held.norm()), rel=1e-5)
+        if (step + 1) % every == 0:
+            number, decay = (step + 1) // every, group.get("cautious_wd", 0.0)
+            naive_adam(w, held, m, v, number, 0.05 * factor, opt.banks[0].group.betas, decay)
+            held.zero_()
+    return model, opt, w
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("decay", [0.0, 30.0])
+def test_adam_equals_a_loop(every, decay):
+    model, _, w = adam_alone(every, betas=(0.5, 0.9), cautious_wd=decay)
+    torch.testing.assert_close(model.p.detach(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_a_held_gradient_is_dropped_by_reset_and_by_load():
+    _, opt, _ = adam_alone(2, steps=1)
+    assert opt.banks[0].held and "grad" in opt.state_dict()["p"]
+    saved = opt.state_dict()
+    opt.reset()
+    assert not opt.banks[0].held and not opt.banks[0].grad.any() and opt.state_dict() == {}
+    opt.load_state_dict(saved)
+    assert opt.banks[0].held and torch.equal(opt.banks[0].slots["p"][1].grad, saved["p"]["grad"])
+    opt.load_state_dict({})
+    assert not opt.banks[0].held and not opt.banks[0].grad.any()
+
+
+def every_two(ranks: list[int], world: T.World, saved: dict | None = None) -> dict:
+    """Steps 0 to 4, or 3 and 4 from the state after step 2, with Adam in steps 1 and 3."""
+    model = S.Mixed()
+    opt = T.Optimizer(model, GROUPS, world)
+    if saved is not None:
+        model.load_state_dict(saved["params"])
+        opt.load_state_dict(saved["state"])
+    norms, middle = [], None
+    for step in range(0 if saved is None else 3, 5):
+        for name, p in model.named_parameters():
+            for rank in ranks:
+                p.grad.add_(S.gradient(name, p.shape, step, rank))
+        norms.append(opt.step(1.0, 0.9, adam=step % 2 == 1))
+        if step == 2:
+            params = {n: p.detach().clone() for n, p in model.named_parameters()}
+            middle = {"params": params, "state": opt.state_dict()}
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    out = {"params": params, "state": opt.state_dict(), "norms": torch.stack(norms)}
+    return {**out, "middle": middle}
+
+
+def two_ranks_every_two() -> list[dict]:
+    world = T.World.start("cpu")
+    whole = every_two([world.rank], world)
+    return [whole, every_two([world.rank], world, whole["middle"])]
+
+
+def test_adam_every_2_sharded_equals_unsharded_and_resumes(tmp_path):
+    """With a held gradient in the middle and at the end; a resumed rank has the same bits."""
+    want = every_two([0, 1], T.World(torch.device("cpu")))
+    assert "grad" in want["state"]["a"] and "grad" not in want["state"]["m0"]
+    for whole, again in H.on_ranks(2, two_ranks_every_two, tmp_path):
+        for key in ("params", "state", "norms", "middle"):
+            torch.testing.assert_close(whole[key], want[key], rtol=1e-5, atol=1e-6)
+        for key in ("params", "state"):
+            torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0)
+
+
+# ---- paired heads -------------------------------------------------------------------------------
+
+
+def naive_paired(arm: T.Paired, x, ve, docs, window: int) -> torch.Tensor:
+    """Query by query: head h of token t, at place 2 t or 2 t + 1, over both heads of its pair."""
+    heads, half, dim = arm.heads, arm.heads // 2, 16
+    table = T.rope_table(2 * x.size(1), dim, half=True)
+    ctx = T.Context(None, {dim: table}, lambda d: 15.36 / d)
+
+    def place(h: int, t: int) -> int:
+        return 2 * t + h // half
+
+    def turned(proj, h: int, b: int, t: int) -> torch.Tensor:
+        rows = torch.zeros(1, 2 * x.size(1), 1, dim)
+        rows[0, place(h, t), 0] = T.norm(proj(x[b, t])[h * dim : (h + 1) * dim])
+        return T.rotate(rows, ctx)[0, place(h, t), 0]
+
+    v = arm.mix(arm.v(x).unflatten(-1, (heads, dim)), ve)
+    out = torch.zeros(*x.shape[:2], heads, dim)
+    for b in range(x.size(0)):
+        for t in range(x.size(1)):
+            for h in range(heads):
+                q, scores, values = turned(arm.q, h, b, t), [], []
+                for s in range(t + 1):
+                    for other in (h % half, h % half + half):
+                        back = place(h, t) - place(other, s)
+                        if docs[b, s] == docs[b, t] and 0 <= back < window:
+                            scores.append(q @ turned(arm.k, other, b, s) * 15.36 / dim)
+                            values.append(v[b, s, other])
+                out[b, t, h] = torch.stack(scores).softmax(0) @ torch.stack(values)
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("layer, reach", [(1, 5), (1, 64), (0, 64)])
+def test_paired_equals_a_loop(layer, reach):
+    model = build(paired=(0, 1), n_head=4, d_model=64, value_tables=2)
+    _, docs = rows_of_text(8)
+    arm = model.blocks[layer].attn.arm
+    assert type(arm) is T.Paired and type(model.blocks[2].attn.arm) is T.Softmax
+    gen = torch.Generator().manual_seed(1)
+    x, ve = (torch.randn(2, 8, 64, generator=gen) for _ in range(2))
+    context = model.contexts(docs, window(64, reach))[layer]
+    got, v = arm(x, ve, context)
+    torch.testing.assert_close(got, naive_paired(arm, x, ve, docs, reach), rtol=1e-4, atol=1e-5)
+    assert v.shape == (2, 8, 4, 16), "XSA's own value, by token"
+
+
+PAIRED = {"paired": (1, 2)}  # the demo's short layers
+
+
+@pytest.mark.parametrize(
+    "arm",
+    ["softmax", "softmax,xsa=true", "diff_v2,layers=0+3", "diff_v1,layers=3", "selective,layers=0"],
+)
+def test_paired_is_causal(arm):
+    check_causal(arm, {**PAIRED, "key_offset": True, "value_gate": True}, preset="demo")
+
+
+def test_paired_is_causal_at_full_depth():
+    check_causal("softmax", {"paired": (0, 2, 5, 9)})
+
+
+def test_paired_changes_no_parameter():
+    model, other = build(False, **PAIRED), build(False)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert T.count_parameters(model) == T.count_parameters(other)
+    H.randomise(model), H.randomise(other)
+    tokens, docs = rows_of_text()
+    assert not torch.equal(model(tokens, docs, window()), other(tokens, docs, window()))
+
+
+def test_paired_flexattention_equals_dense():
+    """Forward, compiled on the CPU: documents that begin within blocks, windows that bind."""
+    model = build(**PAIRED).requires_grad_(False)
+    model.register_rope(2 * 256)
+    gen = torch.Generator().manual_seed(3)
+    docs = (torch.rand(2, 256, generator=gen) < 0.02).cumsum(1).int()
+    x = torch.randn(2, 256, 32, generator=gen)
+    arm = model.blocks[2].attn.arm
+
+    def attention(x, docs, short):
+        return arm(x, None, model.contexts(docs, short)[2])[0]
+
+    want = [attention(x, docs, window(200, short)) for short in (130, 40)]
+    model.flex = True
+    compiled = torch.compile(attention, fullgraph=True, dynamic=False)
+    for short, right in zip((130, 40), want, strict=True):
+        got = compiled(x, docs, window(200, short))
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_paired_trains_and_samples(text_data, tmp_path):
+    cfg = H.tiny(text_data, tmp_path, n_layer=4, **PAIRED, save_final=True, run_id="a")
+    T.train(cfg)
+    losses = H.losses(tmp_path / "a")
+    assert losses[-1] < losses[0] - 0.5
+    model, _ = T.load_model(tmp_path / "a")
+    tokens, docs = rows_of_text()
+    assert torch.isfinite(model.logits(tokens, docs, window())).all()
+
+
+# ---- the optimizer's pointwise work, compiled ---------------------------------------------------
+
+
+@pytest.mark.parametrize("idea", [{}, {"beta2": 0.95, "cautious_wd": 1.2, "wd": 0.1}])
+def test_fused_update_equals_eager(idea):
+    """Steps with other factors make no new graph; a bad step moves nothing."""
+    groups = {
+        "matrix": T.Group("muon", 0.05, **idea),
+        "gate": T.Group("adam", 0.02, cautious_wd=30.0 if idea else 0.0),
+    }
+    ends = []
+    for compiled in (False, True):
+        model = S.Mixed()
+        opt = T.Optimizer(model, groups, T.World(torch.device("cpu")))
+        for bank in opt.banks if compiled else ():
+            bank.compile()
+        for step in range(4):
+            for name, p in model.named_parameters():
+                p.grad.add_(S.gradient(name, p.shape, step, 0))
+            if step == 3:
+                before = {n: p.detach().clone() for n, p in model.named_parameters()}
+                model.m0.grad[0, 0] = torch.nan
+            with torch._dynamo.config.patch(error_on_recompile=compiled and step > 0):
+                opt.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]), name
+        ends.append((before, opt.state_dict()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)

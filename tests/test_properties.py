@@ -76,6 +76,8 @@ def flags(draw, name: str) -> tuple[str, bool]:
         return draw(st.sampled_from(["x", "", "1,2", "0x", "--", "é", "1 2"])), kind[:5] != "tuple"
     if kind == "tuple[Stage, ...]":
         return draw(stage_texts()), False
+    if kind == "tuple[float, ...]":
+        return draw(st.lists(FLOATS, min_size=1, max_size=3).map(T.format_value)), False
     if kind == "tuple[int, ...]":
         return draw(st.lists(st.integers(-1, 14), max_size=4).map(T.format_value)), False
     value = draw({"int": INTS, "float": FLOATS}[kind])
