@@ -327,7 +327,11 @@ def test_other_data_are_another_recipe(sitting, tmp_path):
     with (tmp_path / "tasks" / "coqa" / "validation.jsonl").open("a") as f:
         f.write("\n")
     shard = max((tmp_path / "text").glob("*train*"))
-    shard.write_bytes(shard.read_bytes()[:-2])
+    told = bytearray(shard.read_bytes())
+    told[-2] ^= 1  # another last token
+    shard.write_bytes(told)
+    with pytest.raises(T.InputError, match=r"is not what manifest\.json says"):
+        real_runs.recipe_of(args)
     (tmp_path / "text" / "manifest.json").unlink()
     (tmp_path / "words").write_text("a")
     args.tokenizer, args.device = str(tmp_path / "words"), "cuda"
