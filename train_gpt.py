@@ -3391,22 +3391,27 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int, weights: dict[str, Tensor] | None = None) -> None:
+    def save(self, done: int) -> None:
         """A checkpoint after `done` steps; collective. The state is copied to the host's memory
-        now, and a thread writes it while training goes on. `weights`: those of that step, where the
-        model has moved on since; such a checkpoint is to be used and not to be resumed."""
+        now, and a thread writes it while training goes on."""
         self.end_save()
         state = {"rng": torch.get_rng_state()}
-        if weights is None:
-            state["optimizer"] = self.trainer.optimizer.state_dict(self.world.main)
+        state["optimizer"] = self.trainer.optimizer.state_dict(self.world.main)
         if not self.world.main:
             return
-        weights = weights or self.trainer.model.state_dict()
+        weights = self.trainer.model.state_dict()
         state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
         if self.world.cuda:
             state["cuda_rng"] = torch.cuda.get_rng_state()
+        meta = self.meta(done)
+        self.world.synchronize()
+        folder, keep = self.folder / "ckpt", self.cfg.run.keep
+        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
+
+    def meta(self, done: int) -> dict:
+        """What a checkpoint after `done` steps says of itself, taken at that step."""
         at = self.steps[done - 1]
-        meta = {
+        return {
             "schema": SCHEMA,
             "step": done,
             "tokens": at.end,
@@ -3420,9 +3425,6 @@ class Run:
             "log": self.log.offsets(),
             "h": self.log.h,
         }
-        self.world.synchronize()
-        folder, keep = self.folder / "ckpt", self.cfg.run.keep
-        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
 
     def end_save(self, wait: bool = True) -> None:
         """Takes note of a checkpoint that was being written. Where the disk does not take it the

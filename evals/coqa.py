@@ -36,6 +36,9 @@ FIRST_TOKENS = 16  # by then most answers have ended; only the others are asked 
 # Prompts and answers in the cache at once; on a GPU, as many as its memory has of these bytes, of
 # which a token's keys and values (12 layers of 768) are a fifth.
 CPU_BATCH_TOKENS, GPU_TOKEN_BYTES = 8192, 200_000
+# Bytes of each pair of a row's tokens, in the layer that makes most of them at once: for a selector
+# 13 were counted, for a head with a mask of its own 4, and on a GPU up to 4 of its mask's copies.
+SELECTOR_BYTES, HEAD_BYTES = 16, 8
 DEV_TASK = "coqa_dev100"
 
 
@@ -172,10 +175,28 @@ def has_ended(words: Words, said: np.ndarray) -> bool:
     return False
 
 
-def batch_tokens(device: torch.device) -> int:
+def pair_bytes(model: transformers.PreTrainedModel) -> int:
+    """What attention makes of each pair of a row's tokens; 0 where all heads share a mask, which is
+    little beside the rest."""
+    most = 0
+    for block in getattr(model.config, "blocks", ()):  # stock GPT-2 has none
+        spec = block["attention"]
+        if spec is None:
+            continue
+        groups = spec["selectors"]
+        by_head = spec["second_window"] or groups > 1
+        heads = spec["query_heads"] if by_head else 0
+        most = max(most, SELECTOR_BYTES * groups + HEAD_BYTES * heads)
+    return most
+
+
+def rows_at_once(model: transformers.PreTrainedModel, tokens: int) -> int:
+    """How many prompts, with their answers `tokens` long, a batch takes."""
+    device = model.device
     if device.type != "cuda":
-        return CPU_BATCH_TOKENS
-    return torch.cuda.get_device_properties(device).total_memory // GPU_TOKEN_BYTES
+        return max(1, CPU_BATCH_TOKENS // tokens)
+    row = tokens * (GPU_TOKEN_BYTES + tokens * pair_bytes(model))
+    return max(1, torch.cuda.get_device_properties(device).total_memory // row)
 
 
 def answers(
@@ -186,7 +207,7 @@ def answers(
     A batch takes as many steps as its longest answer, and a step costs the same for few rows as for
     many: so all are asked for FIRST_TOKENS, and those that have not ended for the rest.
     """
-    said = [np.zeros(0, prompts[0].dtype) for _ in prompts]
+    said = [np.zeros(0, np.int32) for _ in prompts]
     going = list(range(len(prompts)))
     for most in (FIRST_TOKENS, ANSWER_TOKENS - FIRST_TOKENS):
         more = write_on(model, words, [prompts[i] for i in going], [said[i] for i in going], most)
@@ -212,8 +233,7 @@ def write_on(
     out, device, done = [np.zeros(0, np.int64)] * len(shown), model.device, 0
     while done < len(order):
         longest = len(shown[order[done]])
-        count = max(1, batch_tokens(device) // (longest + most))
-        some = order[done : done + count]
+        some = order[done : done + rows_at_once(model, longest + most)]
         ids = torch.full((len(some), longest), words.eot)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(some):

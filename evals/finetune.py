@@ -11,7 +11,9 @@ train_gpt.py's own loop does the training, through its hooks: weights from the c
 documents in rows, loss on answers alone. A seed is the order of the data and, where a task has a
 new vector, its start; nothing else is new. The held-out slice of train is looked at twice an epoch,
 and the weights of its best look are what is saved and scored (early stopping; the schedule is run
-to its end, for a later look may be better). Windows are those that an export of the checkpoint has.
+to its end, for a later look may be better). They are saved, too, where a seed ends early: by a loss
+that is not finite, for want of memory or by a signal. They have no optimizer and are not resumed.
+Windows are those that an export of the checkpoint has.
 
 OUT/TASK_sN are runs like any other: sample, look, export and finetune take them. Beside them:
 result.json, table.txt and, for each task, learning curves.
@@ -25,6 +27,8 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -52,6 +56,7 @@ CALL_TOKENS = {"cuda": 8192, "cpu": 4096}  # of a training call: dense masks, no
 LR = {"gpt2": 0.1}  # factor on every learning rate of the checkpoint's own recipe
 USUAL_LR = 0.05  # in the speedrun's: for a matrix about what AdamW does at 5e-5
 WARMUP = 0.1
+INTERRUPTED = 130  # the exit code of a shell's Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,41 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"micro_batch_tokens": CALL_TOKENS[args.device], "val_row_tokens": row},
         **{"val_call_tokens": row * max(1, CALL_TOKENS[args.device] // row)},
         **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
-        "attention": "flex",
+        # Kernels of the pretraining machine: nothing is compiled here, and rows are short.
+        **{"attention": "flex", "mlp_kernel": False, "loss_kernel": False},
         **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
         **{"save_every": 0, "save_final": False, "keep": 1, "resume": "", "require_gpu": False},
     }
     return T.config_from_flat(start.meta["config"]).with_(**changes)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model as it was at a look. weights stay on its device; meta: its checkpoint's."""
+
+    weights: dict[str, torch.Tensor]
+    meta: dict
+
+    @classmethod
+    def of(cls, trainer: T.Trainer, done: int) -> Kept:
+        state = trainer.model.state_dict()
+        weights = {name: p.detach().clone() for name, p in state.items()}
+        return cls(weights, trainer.running.meta(done))
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+    def save(self, run: Path, keep: int) -> Path:
+        """RUN's newest checkpoint, without what a later step has left there. OSError as
+        T.save_checkpoint: what was there before stands."""
+        folder = run / "ckpt"
+        later = [p for p in T.whole_checkpoints(folder) if p.name > f"step_{self.step:08d}"]
+        state = {"model": {name: p.cpu() for name, p in self.weights.items()}}
+        saved = T.save_checkpoint(folder, state, self.meta, keep + len(later))
+        for path in later:
+            shutil.rmtree(path)
+        return saved
 
 
 class Tuning:
@@ -155,8 +190,8 @@ class Tuning:
         self.trainer = T.Trainer(self.cfg, hooks)
         task.adapt(self.trainer)
         self.looks: list[dict] = []
-        self.best = self.done = 0
-        self.kept: dict[str, torch.Tensor] = {}  # weights of the best look
+        self.done = 0
+        self.kept: Kept | None = None  # the best look's
 
     def new_model(self, cfg: T.Config, length: int, dtype: torch.dtype) -> nn.Module:
         """The loop's model: the seed starts nothing but what the task calls new."""
@@ -186,20 +221,28 @@ class Tuning:
         self.done = step.index + 1
 
     def look(self, trainer: T.Trainer, out: dict) -> None:
-        """Figures of the held-out slice. Weights of the best ones are kept beside the model, for
-        writing them takes longer than the steps between two looks; the last look saves them."""
+        """Figures of the held-out slice. The best ones' model is kept beside the one that goes on,
+        for writing it takes longer than the steps between two looks; `run` saves it."""
         window = T.windows(self.start.window, trainer.world.device)
         found = {"step": self.done, **self.task.look(trainer.model, window)}
         self.looks.append(found)
-        if max(self.looks, key=self.task.rank) is found:  # of equal ones, max takes the first
-            self.best = self.done
-            state = trainer.model.state_dict()
-            self.kept = {name: p.detach().clone() for name, p in state.items()}
+        best = max(self.looks, key=self.task.rank)  # of equal ones, the first
         log, text = trainer.running.log, " ".join(f"{k}:{v:.4g}" for k, v in found.items())
-        log.write("held_out", **found, best=self.best)
-        log.say(f"held out: {text}" + (", the best" if self.best == self.done else ""))
-        if self.done == len(trainer.steps):
-            trainer.running.save(self.best, self.kept)
+        log.write("held_out", **found, best=best["step"])
+        log.say(f"held out: {text}" + (", the best" if best is found else ""))
+        if best is found:  # after its line, which the log has then
+            self.kept = Kept.of(trainer, self.done)
+
+    def save_kept(self) -> None:
+        """Whatever has ended the run. Where the disk does not take it, the reason why the run ended
+        must still be heard."""
+        if self.kept is None:
+            return
+        running = self.trainer.running
+        try:
+            running.log.say(f"saved {self.kept.save(running.folder, self.cfg.run.keep)}")
+        except OSError as e:
+            print(f"finetune: the best look was not saved: {e}", file=sys.stderr)
 
     def entry(self, seed: int) -> dict:
         """What `lineage` tells of this tuning."""
@@ -209,23 +252,26 @@ class Tuning:
 
     def run(self, seed: int) -> dict:
         """Trains with this seed and scores the best look; its figures, for result.json. Writes
-        RUN/items.json. NonFinite as the loop."""
-        self.looks, self.best, self.done, self.kept = [], 0, 0, {}
+        RUN/items.json. NonFinite as the loop; whatever ends it, the best look so far is saved."""
+        self.looks, self.done, self.kept = [], 0, None
         trainer, name = self.trainer, f"{self.task.name}_s{seed}"
         trainer.labels = {"finetuned": [*self.start.lineage, self.entry(seed)]}
         trainer.reset(seed, seed, run_id=name)
         try:
             with contextlib.redirect_stdout(Tenths(sys.stdout)):
-                folder = Path(trainer.run()["run"])
-        except T.NonFinite as e:
-            T.write_exit(trainer.folder, [], T.EXIT_CODES["non-finite"], str(e))
+                trainer.run()
+        except ENDS as e:
+            T.write_exit(trainer.folder, [], *said_of(e))
             raise
+        finally:
+            self.save_kept()
+        folder = trainer.folder
         T.write_exit(folder, [], T.EXIT_CODES["done"], "done")
         model, meta = sample.load(folder, self.cfg.run.device, self.task.row)
         window = T.windows(self.start.window, trainer.world.device)
         scores = self.task.score(model, meta, window)
         (folder / "items.json").write_text(json.dumps(scores.items))
-        steps = {"best_step": self.best, "steps": len(trainer.steps)}
+        steps = {"best_step": self.kept.step, "steps": len(trainer.steps)}
         return {"seed": seed, "run": name, **steps, "looks": self.looks, "figures": scores.figures}
 
 
@@ -398,8 +444,21 @@ def sources() -> list[Path]:
     ]
 
 
+# What ends a run early, beside bad input.
+ENDS = (T.NonFinite, torch.OutOfMemoryError, KeyboardInterrupt)
+
+
+def said_of(e: BaseException) -> tuple[int, str]:
+    """Exit code and reason of one of ENDS."""
+    if isinstance(e, T.NonFinite):
+        return T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
+    if isinstance(e, torch.OutOfMemoryError):
+        return T.EXIT_CODES["memory"], "out of GPU memory"
+    return INTERRUPTED, "interrupted; finished seeds are in their run folders"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """0 done; 2 bad input, with one sentence; 3 loss not finite; 5 out of memory."""
+    """0 done; 2 bad input, with one sentence; 3 loss not finite; 5 out of memory; 130 a signal."""
     T.set_environment()
     args = parse(argv)
     try:
@@ -407,15 +466,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (T.InputError, shards.InputError) as e:
         code, reason = T.EXIT_CODES["input"], str(e)
-    except T.NonFinite as e:
-        code, reason = T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
-    except torch.OutOfMemoryError:
-        code, reason = T.EXIT_CODES["memory"], "out of GPU memory"
-    except KeyboardInterrupt:
-        code, reason = 130, "interrupted; finished seeds are in their run folders"
+    except ENDS as e:
+        code, reason = said_of(e)
     print(f"finetune: {reason}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is best so far is saved
     sys.exit(main())

@@ -223,12 +223,21 @@ class Softmax(nn.Module):
         spec, heads = self.spec, q.size(2)
         mask = rows.mask(windows[spec["window"]], spec["second_window"], heads)
         if masks is not None:
-            masks = masks.repeat_interleave(heads // masks.size(1), dim=1)
-            mask = torch.where(mask, -masks, -torch.inf).to(q.dtype)
+            mask = self.bias(mask, -masks.to(q.dtype), heads)
         # By hand: with enable_gqa and a mask, CUDA is left with the kernel that keeps all scores.
         k, v = (t.repeat_interleave(heads // t.size(1), dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=spec["scale"])
         return y.transpose(1, 2)
+
+    def bias(self, mask, taken, heads):
+        """taken [B, G, T, S] where mask [B, 1 or heads, T, S] is True, else -inf: [B, 1 or heads,
+        T, S] in taken's dtype, one for all heads where nothing tells them apart."""
+        groups = taken.size(1)
+        by_group = mask.unflatten(1, (groups, -1)) if mask.size(1) > 1 else mask[:, :, None]
+        bias = torch.where(by_group, taken[:, :, None], -torch.inf)
+        if groups > 1 and bias.size(2) == 1:
+            bias = bias.expand(-1, -1, heads // groups, -1, -1)
+        return bias.flatten(1, 2)
 
     def combine(self, x, y):
         """The heads' outputs y [B, T, query_heads, Dv] -> [B, T, heads, Dv]."""

@@ -68,9 +68,11 @@ def kept_keys(rank: Tensor, seen: Tensor, first: Tensor, budget: int) -> Tensor:
     for i in range(rank.size(-1)):
         there = (there | (at == i)) & seen[:, :, i]
         stays = ~there | first[:, None] | (at == i)
-        worst = rank[:, :, i].masked_fill(stays, -math.inf).argmax(-1, keepdim=True)
+        goes = rank[:, :, i].masked_fill(stays, -math.inf)
+        largest = ~stays & (goes == goes.amax(-1, keepdim=True))
+        oldest = largest & (largest.cumsum(-1) == 1)  # argmax takes any of equals on a GPU
         over = there.sum(-1, keepdim=True) > budget
-        there = there & ~(over & (at == worst))
+        there = there & ~(over & oldest)
         rows.append(there)
     return torch.stack(rows, dim=2)
 

@@ -178,16 +178,37 @@ def parameter_digest(weights: dict[str, torch.Tensor]) -> str:
 
 
 def code_digest() -> str:
-    """sha256 over the code that scores depend on."""
+    """sha256 over the code that scores depend on: tables are made of them later."""
     root = Path(__file__).resolve().parents[1]
-    paths = [root / "train_gpt.py", root / "variants" / "gpt2.py", *(root / "evals").glob("*.py")]
+    evals = [p for p in (root / "evals").glob("*.py") if p.name != "real_table.py"]
+    paths = [root / "train_gpt.py", root / "variants" / "gpt2.py", *evals]
     return hashlib.sha256("".join(T.sha256(p) for p in sorted(paths)).encode()).hexdigest()
 
 
+def digest_of(files: dict[str, str]) -> str:
+    """sha256 over names and digests."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+
+
+def data_digests(args: argparse.Namespace) -> dict[str, str]:
+    """sha256 over names and bytes: of all token shards, of what is tuned on and of the tokenizer's
+    file. What the Evaluation Harness asks has keys of its own in its results."""
+    tokens = T.Corpus.open(str(args.data)).check_digests()
+    tasks = [path for name in TUNED.values() for path in (args.task_data / name).glob("*.jsonl*")]
+    tokenizer = Path(args.tokenizer)
+    return {
+        "data": digest_of({row["name"]: row["sha256"] for row in tokens}),
+        "task_data": digest_of({f"{p.parent.name}/{p.name}": T.sha256(p) for p in tasks}),
+        "tokenizer": T.sha256(tokenizer) if tokenizer.is_file() else args.tokenizer,
+    }
+
+
 def recipe_of(args: argparse.Namespace) -> dict:
-    """What must not change while a results folder is being filled."""
+    """What must not change while a results folder is being filled, nor, but for the seeds, between
+    sittings that are put into one table."""
     names = ("arms", "seeds", "tune_seeds", "preset", "tokens", "epochs", "tasks", "limit")
-    return {name: getattr(args, name) for name in (*names, "trainer")}
+    asked = {name: getattr(args, name) for name in (*names, "trainer", "device")}
+    return {**asked, **data_digests(args)}
 
 
 def open_sitting(args: argparse.Namespace) -> None:
@@ -275,7 +296,9 @@ def write_folder(job: Job, args: argparse.Namespace) -> dict:
 
 def ask(path: Path, name: str, tasks: list[str], shots: int, args: argparse.Namespace) -> dict:
     """What the Evaluation Harness says of a run or a Hugging Face folder, as `evals/harness.py`
-    writes it: one entry of `results` for each task."""
+    writes it: one entry of `results` for each task, and nothing else where no task is left."""
+    if not tasks:
+        return {"results": []}
     words = [str(path), "--tasks", *tasks, "--shots", str(shots), "--limit", str(args.limit)]
     words += ["--tasks-dir", str(args.tasks_dir), "--tokenizer", args.tokenizer]
     how = harness.parse([*words, "--device", args.device, "--batch-size", "auto"])

@@ -4,9 +4,10 @@ results folders alone.
     python -m evals.real_table RESULTS [RESULTS ...] --out records/evals/DATE_NAME --title TEXT
 
 A results folder is a sitting. Arms are compared within one sitting and one pretraining seed only,
-paired item by item; where several seeds were trained, their differences are pooled. A difference
-is called noise unless every interval that there is leaves 0 out. Without scipy or matplotlib there
-is no table: ./run.sh records has both.
+each with the first arm of the recipe, paired item by item; where several seeds were trained, their
+differences are pooled. Sittings with other recipes or other code go into tables of their own. A
+difference is called noise unless every interval that there is leaves 0 out. Without scipy or
+matplotlib there is no table: ./run.sh records has both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import lzma
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,11 +43,13 @@ CHANCE = {"csqa_cloze": 20.0, "csqa_head": 20.0}
 
 @dataclass(frozen=True)
 class Block:
-    """All arms of one sitting and one pretraining seed: {arm: {stage: what its file holds}}."""
+    """All arms of one sitting and one pretraining seed: {arm: {stage: what its file holds}}.
+    base: the recipe's first arm, which the others are compared with; it may be missing."""
 
     number: int  # of the sitting, from 1 on
     sitting: str
     seed: int
+    base: str
     arms: dict[str, dict[str, dict]]
 
     @property
@@ -67,7 +70,8 @@ class Sitting:
 
 
 def load(folders: Sequence[Path]) -> list[Sitting]:
-    """InputError where a folder is no sitting, has no trained arm, or is there twice."""
+    """InputError where a folder is no sitting, has no trained arm, or is there twice, and where
+    sittings are not alike."""
     out = []
     for number, folder in enumerate(folders, 1):
         said = real_runs.read(folder / "sitting.json")
@@ -78,7 +82,31 @@ def load(folders: Sequence[Path]) -> list[Sitting]:
         if not blocks:
             raise T.InputError(f"{folder} has no arm that was trained to the end")
         out.append(Sitting(folder, number, said, blocks))
+        refuse_other_recipe(out[0], out[-1])
+    refuse_other_code(out)
     return out
+
+
+def refuse_other_recipe(first: Sitting, other: Sitting) -> None:
+    """InputError where they differ in anything but pretraining seeds."""
+    a, b = (s.said["recipe"] for s in (first, other))
+    differ = [k for k in dict.fromkeys((*a, *b)) if k != "seeds" and a.get(k) != b.get(k)]
+    if differ:
+        said = "; ".join(f"{k} {a.get(k)!r} and {b.get(k)!r}" for k in differ)
+        raise T.InputError(f"{first.folder} and {other.folder} have other recipes: {said}")
+
+
+def refuse_other_code(sittings: list[Sitting]) -> None:
+    """InputError where a stage was not done by the same code for all arms and seeds."""
+    first: dict[str, tuple[str, str]] = {}
+    for block in (b for s in sittings for b in s.blocks):
+        for arm, files in block.arms.items():
+            for stage, file in files.items():
+                here = f"{arm} of {block.title}"
+                code, where = first.setdefault(stage, (file["code_sha256"], here))
+                if file["code_sha256"] != code:
+                    said = f"stage {stage} of {here} ran on other code than that of {where}"
+                    raise T.InputError(said)
 
 
 def block_of(folder: Path, number: int, said: dict, seed: int) -> Block:
@@ -94,13 +122,13 @@ def block_of(folder: Path, number: int, said: dict, seed: int) -> Block:
             if file["checkpoint"] != whose:
                 raise T.InputError(f"{files[name]} is of another checkpoint than train.json")
         arms[arm] = found
-    return Block(number, said["sitting"], seed, arms)
+    return Block(number, said["sitting"], seed, said["recipe"]["arms"][0], arms)
 
 
-def pairs(arms: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(first arm, another)."""
-    first, *others = arms
-    return ((first, other) for other in others)
+def others(base: str, arms: Iterable[str]) -> list[str]:
+    """What can be compared with `base`: all other arms, none where it is not there itself."""
+    arms = list(arms)
+    return [arm for arm in arms if arm != base] if base in arms else []
 
 
 # ---- Differences --------------------------------------------------------------------------------
@@ -206,6 +234,7 @@ def harness_models(block: Block) -> list[dict]:
     zero, five = block.results("zero"), block.results("five")
     for arm in block.arms:
         parts = [found[arm] for found in (zero, five) if arm in found]
+        parts = [part for part in parts if part["results"]]  # none where --tasks left nothing
         if parts:
             digest = block.arms[arm]["train"]["checkpoint"]["parameters_sha256"][:12]
             model = {**parts[0]["model"], "path": f"seed {block.seed}, parameters {digest}"}
@@ -219,8 +248,9 @@ def harness_models(block: Block) -> list[dict]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """One figure of one form, percent: for each arm {before, mean, sd, n}; and the first arm's
-    against each other's: over items (seeds averaged), and over tuning seeds, paired."""
+    """One figure of one form, percent: for each arm {before, mean, sd, n}; and where the first arm
+    of the recipe is there, the others against it: over items (seeds averaged), and over tuning
+    seeds, paired."""
 
     form: str
     figure: str
@@ -240,18 +270,20 @@ def tuned_rows(block: Block) -> list[Tuned]:
             }
             names = next(iter(found.values()))["after"]
             out += [
-                tuned_row(form, name, found) for name in names if not name.startswith("F1 ")
-            ]  # of a domain
+                tuned_row(block.base, form, name, found)
+                for name in names
+                if not name.startswith("F1 ")  # of a domain
+            ]
     return out
 
 
-def tuned_row(form: str, figure: str, found: dict[str, dict]) -> Tuned:
+def tuned_row(base: str, form: str, figure: str, found: dict[str, dict]) -> Tuned:
     arms = {
         arm: {"before": (f["before"] or {}).get(figure), **f["after"][figure]}
         for arm, f in found.items()
     }
     differences = {
-        other: tuned_difference(figure, found[a], found[other]) for a, other in pairs([*found])
+        other: tuned_difference(figure, found[base], found[other]) for other in others(base, found)
     }
     return Tuned(form, figure, arms, differences)
 
@@ -278,13 +310,14 @@ def tuned_difference(figure: str, first: dict, other: dict) -> dict:
     }
 
 
-def tuning_table(rows: list[Tuned]) -> str:
+def tuning_table(base: str, rows: list[Tuned]) -> str:
     arms = list(dict.fromkeys(arm for row in rows for arm in row.arms))
+    compared = others(base, arms)
     head = ["tuned", "figure", "chance"]
     head += [f"{arm}, {when}" for arm in arms for when in ("before", "after")]
     head += [
-        f"{other} - {arms[0]} {what}"
-        for other in arms[1:]
+        f"{other} - {base} {what}"
+        for other in compared
         for what in ("over seeds", "over items", "")
     ]
     lines = []
@@ -297,7 +330,7 @@ def tuning_table(rows: list[Tuned]) -> str:
             line.append("-" if before is None else f"{before:.2f}")
             sd = "" if one is None or one["sd"] is None else f" ± {one['sd']:.2f}"
             line.append("-" if one is None else f"{one['mean']:.2f}{sd}")
-        for other in arms[1:]:
+        for other in compared:
             d = row.differences.get(other)
             line += ["-", "-", "-"] if d is None else difference_cells(d)
         lines.append(line)
@@ -385,15 +418,16 @@ def pooled(sittings: list[Sitting]) -> list[dict]:
 
 
 def differences_of(block: Block) -> Iterator[tuple[str, str, float]]:
-    """(arm, what, its difference from the first arm's)."""
-    for first, other in pairs([*block.arms]):
-        a, b = (block.arms[arm]["train"]["checkpoint"]["dev_loss"] for arm in (first, other))
+    """(arm, what, its difference from the recipe's first arm), as far as that one is there."""
+    for other in others(block.base, block.arms):
+        a, b = (block.arms[arm]["train"]["checkpoint"]["dev_loss"] for arm in (block.base, other))
         yield other, "dev loss, nats a token", b - a
     models = harness_models(block)
-    for row in score_table.rows_of(models):
-        for model, d in zip(models[1:], row.differences):
-            if d is not None and row.measure == score_table.BITS:
-                yield model["name"], f"{row.label}, {row.shots}-shot, bits a byte", d.value
+    if models and models[0]["name"] == block.base:
+        for row in score_table.rows_of(models):
+            for model, d in zip(models[1:], row.differences):
+                if d is not None and row.measure == score_table.BITS:
+                    yield model["name"], f"{row.label}, {row.shots}-shot, bits a byte", d.value
     for row in tuned_rows(block):
         for other, d in row.differences.items():
             yield other, f"{row.form} {row.figure}, points", d["value"]
@@ -530,7 +564,7 @@ def block_text(block: Block, out: Path) -> tuple[str, dict]:
             for result in block.results(stage).values()
             for form in result["results"]
         }
-        text += f"\n### Fine-tuning, percent\n\n{tuning_table(tuned)}\n"
+        text += f"\n### Fine-tuning, percent\n\n{tuning_table(block.base, tuned)}\n"
         for form, facts in about.items():
             text += f"- {form}: trained on {facts['trained_on']}, scored on {facts['scored_on']}.\n"
         said["tuning"] = [asdict(row) for row in tuned]

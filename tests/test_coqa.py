@@ -7,6 +7,8 @@ import base64
 import itertools
 import json
 import os
+import types
+import weakref
 from pathlib import Path
 
 import fake_tasks as F
@@ -303,6 +305,89 @@ def test_answers_are_greedy_whatever_the_batch(pair, monkeypatch):
     assert got == coqa.answers(theirs, WORDS, prompts)
     assert got == [greedy(ours, p) for p in prompts]
     assert len(set(got)) > 4
+
+
+def test_no_prompts_have_no_answers(pair):
+    assert coqa.answers(pair[1], WORDS, []) == []
+
+
+def built(arm: str):
+    """An exported model in bf16, 8 query heads if differential, else 4."""
+    cfg = H.tiny("", "", vocab=257, ext_window=0, row_tokens=512, arm=arm, n_head=4)
+    ours = T.GPT(cfg.model, 256)
+    H.randomise(ours, 3)
+    meta = {"config": cfg.flat(), "window": 128, "step": 1, "steps": 2}
+    return export.cast(export.build(ours, meta, 256), torch.bfloat16).eval()
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes of tensors that were there at once, of those made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                self.known.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.most = max(self.most, self.bytes)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+@pytest.mark.parametrize(
+    "arm, most",
+    [
+        ("softmax", 0),
+        ("selective", 1 * coqa.SELECTOR_BYTES),
+        ("selective,selector=2", 2 * coqa.SELECTOR_BYTES + 4 * coqa.HEAD_BYTES),
+        ("diff_v2,selective=true", coqa.SELECTOR_BYTES),
+        ("diff_v2,selective=true,window2=20", coqa.SELECTOR_BYTES + 8 * coqa.HEAD_BYTES),
+        ("diff_v2,form=full,window2=20", 8 * coqa.HEAD_BYTES),
+    ],
+)
+@torch.no_grad()
+def test_a_pair_of_tokens_takes_no_more_than_is_reckoned(arm, most, monkeypatch):
+    """What grows with the square of a row's length, SDPA itself aside."""
+    model, found = built(arm), []
+    assert coqa.pair_bytes(model) == most
+
+    def attention(q, k, v, mask, scale):
+        assert mask.dtype in (torch.bool, q.dtype)
+        return torch.zeros_like(v[:, : q.size(1)])
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    for length in (256, 512):
+        with Live() as live:
+            model(torch.full((2, length), 65), use_cache=True, logits_to_keep=1)
+        found.append(live.most)
+    a_pair = (found[1] - 2 * found[0]) / (512**2 - 2 * 256**2) / 2
+    assert a_pair <= (most or 8)  # of a mask that all heads share
+
+
+def test_rows_at_once(monkeypatch):
+    """What a row takes grows with the square of its length where attention is selective."""
+    plain, selective = built("softmax"), built("selective")
+    assert coqa.rows_at_once(selective, 1000) == coqa.CPU_BATCH_TOKENS // 1000
+    assert coqa.rows_at_once(selective, 10**5) == 1
+    memory = 80 * 10**9
+    card = types.SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    for model in (plain, selective):
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    for length in (100, 1000, 4000):
+        assert coqa.rows_at_once(plain, length) == memory // (200_000 * length)
+        row = 200_000 * length + coqa.SELECTOR_BYTES * length**2
+        assert coqa.rows_at_once(selective, length) == memory // row
 
 
 def test_a_line_ends_after_something_visible():

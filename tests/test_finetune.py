@@ -7,7 +7,12 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import fake_tasks as F
@@ -203,6 +208,124 @@ def test_the_best_look_is_kept(base, data, tmp_path, monkeypatch):
     run = logs.load_run(folder)  # the chain is whole
     assert run.done
     assert run.labels["finetuned"][0]["task"] == "coqa"
+    says_its_own_step(folder, result["best_step"])
+
+
+def says_its_own_step(folder: Path, step: int) -> None:
+    """The checkpoint's meta is that step's: its clock, its tokens, and a log that ends there."""
+    meta = T.load_checkpoint(folder)[1]
+    (look,) = [line for line in H.read_log(folder, "val") if line["step"] == step]
+    assert (meta["step"], meta["tokens"]) == (step, look["tokens"])
+    assert meta["train_s"] == pytest.approx(look["train_s"], abs=1e-3)
+    told = (folder / "run.jsonl").read_bytes()[: meta["log"]["jsonl"]].decode().splitlines()
+    last = json.loads(told[-1])
+    assert (last["t"], last["step"], last["h"]) == ("held_out", step, meta["h"])
+
+
+ENDS = {
+    "loss": (T.NonFinite("step 9"), 3),
+    "memory": (torch.OutOfMemoryError("9 GiB"), 5),
+    "signal": (KeyboardInterrupt(), finetune.INTERRUPTED),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_that_ends_early_keeps_its_best_look(name, base, data, tmp_path, monkeypatch):
+    """Whatever ends it after the fourth look, in the middle of a step."""
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "3", "--lr", "0.5")
+    seen = scripted(tuning, monkeypatch, [3.0, 1.0, 2.0])
+    fault, code = ENDS[name]
+    step = tuning.trainer.train_step
+
+    def fails(*args, **how):
+        if len(seen) == 4:
+            raise fault
+        return step(*args, **how)
+
+    monkeypatch.setattr(tuning.trainer, "train_step", fails)
+    with pytest.raises(type(fault)):
+        tuning.run(5)
+    folder = tmp_path / "coqa_s5"
+    assert same(weights(folder), seen[1])
+    says_its_own_step(folder, tuning.looks[1]["step"])
+    assert json.loads((folder / "exit.json").read_text())["code"] == code
+
+
+def test_a_signal_to_the_trainer_does_not_put_the_last_weights_first(
+    base, data, tmp_path, monkeypatch
+):
+    """Its own handler saves the step that it stopped at: what is kept stands, and nothing else."""
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "3", "--lr", "0.5")
+    seen = scripted(tuning, monkeypatch, [3.0, 1.0, 2.0])
+    count = tuning.count
+
+    def stop(trainer, step):
+        count(trainer, step)
+        trainer.stop = len(seen) >= 3
+
+    monkeypatch.setattr(tuning.trainer.hooks, "after_step", stop)
+    with pytest.raises(SystemExit, match="75"):
+        tuning.run(5)
+    (kept,) = (tmp_path / "coqa_s5" / "ckpt").iterdir()
+    assert kept.name == f"step_{tuning.looks[1]['step']:08d}"
+    assert same(weights(kept), seen[1])
+
+
+def test_ended_before_the_first_look_nothing_is_kept(base, data, tmp_path, monkeypatch):
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "1")
+    tuning.run(0)
+
+    def fails(*_, **__):
+        raise T.NonFinite("step 1")
+
+    monkeypatch.setattr(tuning.trainer, "train_step", fails)
+    with pytest.raises(T.NonFinite):
+        tuning.run(1)
+    assert not (tmp_path / "coqa_s1" / "ckpt").exists()
+    assert len([*(tmp_path / "coqa_s0" / "ckpt").iterdir()]) == 1  # the seed before has its own
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(base, data, tmp_path, monkeypatch, capsys):
+    tuning = tuning_of(base, data, tmp_path, "coqa", "--epochs", "3", "--lr", "0.5")
+    seen, step = scripted(tuning, monkeypatch, [1.0]), tuning.trainer.train_step
+
+    def fails(*args, **how):
+        if seen:
+            raise T.NonFinite("step 2")
+        return step(*args, **how)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuning.trainer, "train_step", fails)
+    monkeypatch.setattr(T, "save_checkpoint", full)
+    with pytest.raises(T.NonFinite):
+        tuning.run(0)
+    assert "the best look was not saved: [Errno 28]" in capsys.readouterr().err
+
+
+def test_sigterm_saves_the_best_look(base, data, tmp_path):
+    """The command itself, once its first look, of 20, is in the log."""
+    out = tmp_path / "out"
+    script = str(H.ROOT / "evals" / "finetune.py")
+    words = ["csqa", str(base), "--task-data", str(data), "--out", str(out), "--epochs", "200"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, script, *words, "--device", "cpu"], stdout=said, stderr=said, env=env
+        )
+    try:
+        log, until = out / "csqa_cloze_s0" / "run.jsonl", time.monotonic() + 200
+        while not (log.is_file() and '"held_out"' in log.read_text()):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == finetune.INTERRUPTED, (tmp_path / "said").read_text()
+    finally:
+        process.kill()
+    assert "interrupted" in (tmp_path / "said").read_text().splitlines()[-1]
+    best = H.read_log(log.parent, "held_out")[-1]["best"]
+    says_its_own_step(log.parent, best)
 
 
 def test_the_held_out_slice_alone_is_looked_at(base, data, tmp_path, monkeypatch):
@@ -313,7 +436,7 @@ def test_resumed_is_as_if_never_stopped(base, data, tmp_path, monkeypatch):
     words = ("--epochs", "3", "--lr", "0.5")
     tuning = tuning_of(base, data, tmp_path, "coqa", *words)
     tuning.trainer.cfg = tuning.trainer.cfg.with_(save_every=2, keep=9)
-    seen = scripted(tuning, monkeypatch, [1.0])
+    seen = scripted(tuning, monkeypatch, [5.0, 4.0, 3.0, 2.0, 1.0])  # the last is kept, too
     tuning.run(4)
     shutil.rmtree(tmp_path / "tokens")
     shutil.move(tmp_path / "coqa_s4", tmp_path.parent / "kept")
@@ -464,3 +587,12 @@ def test_settings_are_the_checkpoints_own(base, data, tmp_path):
     lrs = [step.lr for step in tuning.trainer.steps]
     assert max(lrs) == pytest.approx(finetune.USUAL_LR)
     assert lrs[-1] < 0.25 * finetune.USUAL_LR
+
+
+def test_kernels_of_the_pretraining_are_left_behind(base, data, tmp_path):
+    run = tmp_path / "fast"
+    shutil.copytree(base, run)
+    change_config(run, attention="fa4", mlp_kernel=True, loss_kernel=True, fp8=True, compile=True)
+    cfg = tuning_of(run, data, tmp_path / "out", "csqa_cloze").cfg.run
+    assert (cfg.attention, cfg.mlp_kernel, cfg.loss_kernel) == ("flex", False, False)
+    assert not cfg.fp8 and not cfg.compile

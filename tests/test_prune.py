@@ -52,6 +52,25 @@ def test_kept_keys(budget):
         assert torch.equal(got, seen.expand_as(got))
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_of_equals_the_oldest_goes(device):
+    """Long rows of one and the same rank, whatever the order in which a device compares them."""
+    length, budget = 200, 7
+    rank = torch.zeros(2, 3, length, length, device=device)
+    rank[:, 1] = -torch.inf
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(2, 1, -1, -1)
+    first = torch.zeros(2, length, dtype=torch.bool, device=device)
+    first[:, 0] = True
+    got = prune.kept_keys(rank, seen, first, budget)
+    at = torch.arange(length, device=device)
+    back = at[:, None] - at
+    want = (back >= 0) & ((back < budget - 1) | (at == 0)) | (back >= 0) & (at[:, None] < budget)
+    assert torch.equal(got, want.expand_as(got))
+
+
 # ---- what a pruned layer computes ---------------------------------------------------------------
 
 

@@ -3,11 +3,11 @@ devices and failures of stages; what a results folder refuses; the arithmetic of
 
 from __future__ import annotations
 
+import gc
 import json
 import lzma
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib")
 from lm_eval import evaluator
 from test_hellaswag import own_modules_cache
 
-from evals import bits, harness, real_runs, real_table
+from evals import bits, finetune, harness, real_runs, real_table
 from records import board
 
 T = H.T
@@ -93,13 +93,17 @@ class Sitting:
         return args
 
     def run(self, jobs: list[real_runs.Job], modules: Path) -> None:
-        """Stages in this process, as imports take long."""
+        """Stages in this process, as imports take long, and without learning curves, which
+        tests/test_finetune.py draws. Frozen, a library's objects are in no collection's way."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         with own_modules_cache(modules) as patch:
             patch.setattr(evaluator, "add_env_info", lambda results: None)
+            patch.setattr(finetune, "draw", lambda *_: "")
             for job in jobs:
                 assert job.ready
+                gc.freeze()
                 assert self.main("--stage", job.name) == 0
+        gc.unfreeze()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -172,9 +176,9 @@ def test_what_was_asked(sitting):
         assert asked(f"{tuned}_after") == [*first, bare, (1, name, 0, True)]
 
 
-def test_filed(sitting):
-    """README.md, figures, plots and logs, from the results alone; nothing of it disturbs the
-    board; items only where they are wanted."""
+@pytest.fixture(scope="module")
+def filed(sitting) -> Sitting:
+    """With its tables, made while its models are away."""
     sitting.out.parent.mkdir(exist_ok=True)
     shutil.move(sitting.work, sitting.work.with_name("gone"))
     try:
@@ -182,6 +186,21 @@ def test_filed(sitting):
         assert real_table.main(words) == 0
     finally:
         shutil.move(sitting.work.with_name("gone"), sitting.work)
+    return sitting
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Tables without plots and with few resamples: `filed` has all of both."""
+    for name in ("draw_bits", "draw_tuning"):
+        monkeypatch.setattr(real_table, name, lambda *_: False)
+    monkeypatch.setattr(bits, "RESAMPLES", 100)
+
+
+def test_filed(filed):
+    """README.md, figures, plots and logs, from the results alone; items only where they are
+    wanted."""
+    sitting = filed
     text = (sitting.out / "README.md").read_text()
     assert "**Two checkpoints, not two architectures.**" in text
     assert "Not done" not in text and "A trial" not in text and str(sitting.work) not in text
@@ -201,31 +220,37 @@ def test_filed(sitting):
     assert (sitting.out / "logs" / "s1_softmax_s0" / "run.jsonl").is_file()
 
 
-def test_items_are_filed_where_they_are_wanted(sitting, tmp_path):
+def test_items_are_filed_where_they_are_wanted(sitting, quick, tmp_path):
     real_table.file([sitting.results], tmp_path / "out", "Tiny", items=True)
     with lzma.open(tmp_path / "out" / "items.json.xz", "rt") as f:
         found = json.load(f)["1"]["0"]
     assert len(found["softmax"]["zero"]["result"]["results"][0]["log_likelihoods"]) == 24
 
 
-def test_the_board_takes_the_folder(sitting, tmp_path):
+def test_the_board_takes_the_folder(filed, tmp_path):
     """A folder below records/evals/ is no track, and its logs must not look like runs of one."""
     root = tmp_path / "repo"
     (root / "records").mkdir(parents=True)
     shutil.copy(H.ROOT / "records" / "tracks.json", root / "records")
-    real_table.file([sitting.results], root / "records" / "evals" / "2026_x", "Tiny", False)
+    shutil.copytree(filed.out, root / "records" / "evals" / "2026_x")
     assert board.read_board(root).findings == ()
 
 
-def test_two_sittings_and_seeds(sitting, tmp_path):
-    """The same results under another seed and sitting: rows stay apart, differences are pooled."""
-    other = tmp_path / "other"
-    shutil.copytree(sitting.results, other)
-    said = json.loads((other / "sitting.json").read_text())
-    said["sitting"], said["recipe"]["seeds"] = "later elsewhere", [1]
-    (other / "sitting.json").write_text(json.dumps(said))
+def another(sitting: Sitting, folder: Path, **recipe) -> Path:
+    """The same results under another seed and sitting, and recipe."""
+    shutil.copytree(sitting.results, folder)
+    said = json.loads((folder / "sitting.json").read_text())
+    said["sitting"] = "later elsewhere"
+    said["recipe"] |= {"seeds": [1], **recipe}
+    (folder / "sitting.json").write_text(json.dumps(said))
     for arm in ("softmax", "diff_v2"):
-        (other / f"{arm}_s0").rename(other / f"{arm}_s1")
+        (folder / f"{arm}_s0").rename(folder / f"{arm}_s1")
+    return folder
+
+
+def test_two_sittings_and_seeds(sitting, quick, tmp_path):
+    """Rows stay apart, differences are pooled."""
+    other = another(sitting, tmp_path / "other")
     (other / "diff_v2_s1" / "coqa_after.json").unlink()
     real_table.file([sitting.results, other], tmp_path / "out", "Two", False)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -237,6 +262,39 @@ def test_two_sittings_and_seeds(sitting, tmp_path):
     assert all(len(row["each"]) == 2 for row in pooled)
     with pytest.raises(T.InputError, match="sitting of another"):
         real_table.load([sitting.results, sitting.results])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"epochs": 2}, {"arms": ["diff_v2", "softmax"]}, {"data": "x"}, {"device": "cuda"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_sittings_of_other_recipes_are_not_put_together(changes, sitting, tmp_path):
+    other = another(sitting, tmp_path / "other", **changes)
+    with pytest.raises(T.InputError, match=f"have other recipes: {next(iter(changes))} "):
+        real_table.load([sitting.results, other])
+    assert real_table.load([other])  # each by itself
+
+
+def test_other_code_is_refused(sitting, tmp_path):
+    """Stage by stage: what is compared was done by the same code for all arms, seeds and
+    sittings."""
+    other = another(sitting, tmp_path / "other")
+
+    def patch(arm: str) -> None:
+        path = other / f"{arm}_s1" / "zero.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code_sha256": "newer"}))
+
+    patch("softmax")
+    said = "stage zero of diff_v2 of sitting 1, pretraining seed 1 ran on other code than that of"
+    with pytest.raises(T.InputError, match=f"{said} softmax"):
+        real_table.load([other])
+    patch("diff_v2")
+    assert real_table.load([other])
+    with pytest.raises(
+        T.InputError, match=r"zero of softmax of sitting 2, .* softmax of sitting 1"
+    ):
+        real_table.load([sitting.results, other])
 
 
 # ---- What a results folder refuses --------------------------------------------------------------
@@ -255,6 +313,31 @@ def test_another_recipe_is_refused(sitting, tmp_path, capsys):
     assert real_runs.main(["--limit", "3", "--tokens", "9", *made.argv]) == 2
     said = capsys.readouterr().err
     assert "another recipe: tokens 60000000, now 9; limit 0, now 3" in said
+
+
+def test_other_data_are_another_recipe(sitting, tmp_path):
+    """Digests of what is read, whatever the folders are called."""
+    args, base = sitting.args(), sitting.results.parent
+    before = real_runs.recipe_of(args)
+    assert before == real_runs.read(sitting.results / "sitting.json")["recipe"]
+    shutil.copytree(args.data, tmp_path / "text")
+    shutil.copytree(base / "tasks", tmp_path / "tasks")
+    args.data, args.task_data = tmp_path / "text", tmp_path / "tasks"
+    assert real_runs.recipe_of(args) == before
+    with (tmp_path / "tasks" / "coqa" / "validation.jsonl").open("a") as f:
+        f.write("\n")
+    shard = max((tmp_path / "text").glob("*train*"))
+    told = bytearray(shard.read_bytes())
+    told[-2] ^= 1  # another last token
+    shard.write_bytes(told)
+    with pytest.raises(T.InputError, match=r"is not what manifest\.json says"):
+        real_runs.recipe_of(args)
+    (tmp_path / "text" / "manifest.json").unlink()
+    (tmp_path / "words").write_text("a")
+    args.tokenizer, args.device = str(tmp_path / "words"), "cuda"
+    after = real_runs.recipe_of(args)
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ == {"data", "task_data", "tokenizer", "device"}
 
 
 def test_files_of_other_weights_are_refused(sitting, tmp_path, capsys):
@@ -289,6 +372,41 @@ def test_bad_input(sitting, tmp_path, capsys):
     assert real_table.main([str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "no file of evals/real_runs.py" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("asked", ["hellaswag", "commonsense_qa", "piqa"])
+def test_a_stage_without_a_task_is_done(asked, sitting, monkeypatch):
+    """--tasks leaves a stage nothing to ask: an empty result, and no call of the Harness."""
+    calls = []
+
+    def evaluate(one, tasks, how, device):
+        calls.append(how.tasks)
+        return {"model": {}, "results": [*how.tasks]}
+
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    monkeypatch.setattr(harness, "go_offline_or_refuse", lambda *_: None)
+    args, found = sitting.args(), {}
+    args.tasks = [asked]
+    for job in real_runs.jobs_of(args)[: len(real_runs.STAGES)]:
+        if job.stage.name in ("five", "csqa_after", "coqa_after"):
+            found[job.stage.name] = real_runs.WORK_OF[job.stage.name](job, args)
+    assert found["five"]["results"] == [t for t in ("piqa",) if t == asked]
+    first, second = ([s["results"] for s in found[f"{t}_after"]["seeds"]] for t in ("csqa", "coqa"))
+    assert (
+        first
+        == {
+            **{"hellaswag": [["hellaswag"], []], "piqa": [[], []]},
+            "commonsense_qa": [["commonsense_qa"]] * 2,
+        }[asked]
+    )
+    assert second == ([["hellaswag"], []] if asked == "hellaswag" else [[], []])
+    assert calls and all(some == [asked] for some in calls)
+    files = {stage: {"result": result} for stage, result in found.items()}
+    block = real_table.Block(1, "", 0, "softmax", {"softmax": files})
+    if asked == "piqa":
+        assert real_table.after_rows(block) == []
+    else:
+        assert real_table.harness_models(block) == []
 
 
 # ---- The runner ---------------------------------------------------------------------------------
@@ -362,15 +480,12 @@ def test_time_is_up_and_a_stage_that_hangs(args, monkeypatch):
     assert (args.results / "diff_v2_s0" / "coqa_after.json").is_file()
 
 
-def test_dry_run(sitting, tmp_path):
+def test_dry_run(sitting, tmp_path, capsys):
     argv = [str(tmp_path / "r") if w == str(sitting.results) else w for w in sitting.argv]
-    script = H.ROOT / "evals" / "real_runs.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--dry-run", *argv], capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert len([line for line in done.stdout.splitlines() if " s at most" in line]) == 16
-    assert "ready  softmax_s0/train" in done.stdout and "waits  diff_v2_s0/zero" in done.stdout
+    assert real_runs.main(["--dry-run", *argv]) == 0
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if " s at most" in line]) == 16
+    assert "ready  softmax_s0/train" in said and "waits  diff_v2_s0/zero" in said
     assert not (tmp_path / "r").exists()
 
 
@@ -414,6 +529,40 @@ def test_noise_is_what_any_interval_does_not_rule_out():
     assert real_table.tuned_difference("accuracy", first, tuned([20, 21.5, 22], by_items))["noise"]
     one = real_table.tuned_difference("accuracy", tuned([10.0], [zeros]), tuned([30.0], [ones]))
     assert one["noise"] and one["seeds"] == [None, None]  # a single seed has no interval
+
+
+def block_of(seed: int, **accuracy: float) -> real_table.Block:
+    """Arms with a dev loss of a tenth and a CommonsenseQA accuracy as told, of a recipe that begins
+    with softmax."""
+    arms = {}
+    for arm, value in accuracy.items():
+        form = {**tuned([value] * 2, [[value / 100] * 40] * 2), "task": "csqa_head", "before": None}
+        form["after"] = {"accuracy": {"mean": value, "sd": 0.0, "n": 2}}
+        train = {"checkpoint": {"dev_loss": value / 10}}
+        arms[arm] = {"train": train, "csqa": {"result": {"results": [form]}}}
+    return real_table.Block(1, "", seed, "softmax", arms)
+
+
+def test_a_seed_without_the_first_arm_is_in_no_difference():
+    """diff_v1 is compared with softmax, never with diff_v2, which comes first where it is gone."""
+    blocks = [
+        block_of(0, softmax=20.0, diff_v2=30.0, diff_v1=50.0),
+        block_of(1, diff_v2=30.0, diff_v1=90.0),
+        block_of(2, softmax=21.0, diff_v2=30.0, diff_v1=52.0),
+    ]
+    assert [*real_table.differences_of(blocks[1])] == []
+    sitting = real_table.Sitting(Path(), 1, {}, blocks)
+    found = {(row["arm"], row["figure"]): row["each"] for row in real_table.pooled([sitting])}
+    assert found.pop(("diff_v1", "dev loss, nats a token")) == pytest.approx({0: 3.0, 2: 3.1})
+    assert found.pop(("diff_v2", "dev loss, nats a token")) == pytest.approx({0: 1.0, 2: 0.9})
+    assert found.pop(("diff_v1", "csqa_head accuracy, points")) == pytest.approx({0: 30, 2: 31})
+    assert found.pop(("diff_v2", "csqa_head accuracy, points")) == pytest.approx({0: 10, 2: 9})
+    assert found == {}
+    assert real_table.pooled([real_table.Sitting(Path(), 1, {}, blocks[:2])]) == []
+    tables = [real_table.tuning_table(b.base, real_table.tuned_rows(b)) for b in blocks[:2]]
+    whole, without = (table.splitlines()[0] for table in tables)
+    assert "diff_v1 - softmax over seeds" in whole and "diff_v2 - softmax over" in whole
+    assert " - " not in without and "diff_v1, after" in without
 
 
 def test_parameter_digest_knows_names_shapes_and_values():
