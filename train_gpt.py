@@ -3465,8 +3465,10 @@ class Run:
 
     def restore(self, path: Path, state: dict, meta: dict) -> None:
         """Weights, optimizer and random numbers of a checkpoint of the same run."""
+        if "optimizer" not in state:  # evals/finetune.py keeps such
+            raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "fp8", "deterministic", "attention", "mlp_kernel", "loss_kernel"}
+        free -= {"seed", "dtype", "deterministic", "attention", *KERNELS, "fused_update"}
         # A setting that the checkpoint is too old to know was off, as its default is.
         mine, saved = self.cfg.flat(), {**Config().flat(), **meta["config"]}
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]

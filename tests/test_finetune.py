@@ -456,7 +456,7 @@ def test_what_is_kept_cannot_be_resumed(base, data, tmp_path):
     tuning.run(0)
     tuning.trainer.reset(0, 0)
     tuning.trainer.cfg = tuning.trainer.cfg.with_(resume=str(tmp_path / "coqa_s0"))
-    with pytest.raises(T.InputError, match="does not fit"):
+    with pytest.raises(T.InputError, match="weights alone, to be used, not resumed"):
         tuning.trainer.run()
 
 
