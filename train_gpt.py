@@ -342,7 +342,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel")  # keys of arms, beside those
+ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel", "fused_update")  # beside those
 
 
 def parse_arm(spec: str) -> tuple[str, dict]:
