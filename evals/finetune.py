@@ -240,7 +240,7 @@ class Tuning:
             return
         running = self.trainer.running
         try:
-            running.log.say(f"saved {self.kept.save(running.folder, self.cfg.run.keep)}")
+            running.log.say(f"saved {self.kept.save(running.folder, self.trainer.cfg.run.keep)}")
         except OSError as e:
             print(f"finetune: the best look was not saved: {e}", file=sys.stderr)
 

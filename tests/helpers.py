@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,3 +238,22 @@ def on_ranks(size: int, work, folder: Path, *args) -> list:
             if attempt == 2 or not re.search("EADDRINUSE|[Aa]ddress already in use", str(e)):
                 raise
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(size)]
+
+
+@contextlib.contextmanager
+def own_modules_cache(folder: Path):
+    """The code of loaded folders is copied below `folder`, not to the home directory. Python keeps
+    the package that such copies are in, and the path to it: both are forgotten, or those of another
+    cache would be found."""
+    from transformers import dynamic_module_utils
+
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", [*sys.path])
+        forget()
+        yield patch
+        forget()

@@ -21,7 +21,6 @@ pytest.importorskip("lm_eval")
 from lm_eval import evaluator
 from lm_eval.models.utils import Collator
 from test_export import checkpoint
-from test_hellaswag import own_modules_cache
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from data import doctor
@@ -148,7 +147,7 @@ def write_tasks(folder: Path, names=TASKS) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_clean(tmp_path_factory):
     """The harness lists every package that is installed, a second a call."""
-    with own_modules_cache(tmp_path_factory.mktemp("modules")) as patch:
+    with H.own_modules_cache(tmp_path_factory.mktemp("modules")) as patch:
         patch.setattr(evaluator, "add_env_info", lambda results: None)
         yield
 

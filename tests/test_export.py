@@ -17,7 +17,7 @@ from test_data_text import open_text
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from evals import export, hf_tokenizer, sample  # noqa: E402
 from variants import gpt2  # noqa: E402
@@ -107,9 +107,7 @@ def load(folder: Path, **kwargs):
 @pytest.fixture(scope="module", autouse=True)
 def own_modules_cache(tmp_path_factory):
     """The code of loaded folders is copied to the home directory otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        where = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", where)
+    with H.own_modules_cache(tmp_path_factory.mktemp("modules")):
         yield
 
 

@@ -80,7 +80,7 @@ def test_tokens_a_second_leave_the_first_step_out():
     assert G.rate([one, one]) == pytest.approx(200)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_a_cpu_all_runs_are_equal(text_data, tmp_path, capsys):
     out = tmp_path / "trust"
     own = ["--out", str(out), "--steps", "6", "--runs", "2"]

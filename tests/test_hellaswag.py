@@ -3,11 +3,9 @@ task; ranks; the hook in a run, and the command that trains with it; what is ref
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
 import os
-import sys
 from pathlib import Path
 
 import helpers as H
@@ -91,24 +89,6 @@ def tasks(items_file):
     return scores.find_tasks(str(folder), ["hellaswag"])
 
 
-@contextlib.contextmanager
-def own_modules_cache(folder: Path):
-    """The code of loaded folders is copied below `folder`, not to the home directory. Python keeps
-    the package that such copies are in: it is forgotten, or those of another cache would be."""
-    from transformers import dynamic_module_utils
-
-    def forget() -> None:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
-            del sys.modules[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        patch.setattr(sys, "path", [*sys.path])
-        forget()
-        yield patch
-        forget()
-
-
 SMALL = {
     **{"n_layer": 3, "d_model": 64, "n_head": 4, "head_dim": 16, "long_layers": (0, 2)},
     **{"vocab": 257, "row_tokens": 512},
@@ -156,7 +136,7 @@ def test_agrees_with_the_harness(name, items_file, tasks, tmp_path):
     run = checkpoint(tmp_path / "run", preset, **changes)
     export.export(run, tmp_path / "folder", "fp32")
     how = {"device": "cpu", "dtype": "fp32", "batch_size": "8", "max_length": 0, "trust": False}
-    with own_modules_cache(tmp_path / "modules"):
+    with H.own_modules_cache(tmp_path / "modules"):
         lm = scores.load_model(tmp_path / "folder", **how)
     (theirs,) = scores.evaluate(lm, tasks, 0, True, 0)
     assert theirs["cut"] == (1 if preset == "gpt2" else 0)

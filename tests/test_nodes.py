@@ -96,7 +96,9 @@ def test_two_nodes_are_one_node_with_two_processes(text_data, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one | two)
 
 
-@pytest.mark.parametrize("victim", ["with rank 0", "without rank 0"])
+@pytest.mark.parametrize(
+    "victim", ["with rank 0", pytest.param("without rank 0", marks=pytest.mark.long)]
+)
 def test_a_node_that_dies_ends_the_job(text_data, tmp_path, victim):
     """A run of hours whose one node goes after some steps: the other ends by itself, with an error
     and a whole checkpoint to go on from."""

@@ -196,6 +196,7 @@ def test_ranks_that_wait_outside_python_say_so_in_time(text_data, tmp_path):
     assert time.monotonic() - began < TORCHRUN_S
 
 
+@pytest.mark.long
 def test_a_restart_without_a_checkpoint_starts_over(calm, text_data, tmp_path):
     """The log of the first attempt is set aside, not mixed in and not lost."""
     said = run("kill", text_data, tmp_path, "--max-restarts", "1", save_every=0)
@@ -206,7 +207,9 @@ def test_a_restart_without_a_checkpoint_starts_over(calm, text_data, tmp_path):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("fault, code", [("oom", 5), ("bad-input", 2)])
+@pytest.mark.parametrize(
+    "fault, code", [pytest.param("oom", 5, marks=pytest.mark.long), ("bad-input", 2)]
+)
 def test_what_a_restart_cannot_mend_is_not_replayed(kind, note, text_data, tmp_path, fault, code):
     """Memory of rank 1, too: its own word, not what rank 0 makes of it."""
     began = time.time()
@@ -228,6 +231,7 @@ def test_a_folder_of_another_job_is_left_alone(calm, text_data, tmp_path):
     assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.long
 def test_restarts_need_a_name(text_data, tmp_path):
     process = start("none", text_data, tmp_path, "--max-restarts", "1", run_id="")
     assert process.wait(GUARD) != 0
@@ -236,7 +240,7 @@ def test_restarts_need_a_name(text_data, tmp_path):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("to", ["one rank", "torchrun"])
+@pytest.mark.parametrize("to", ["one rank", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_all_ranks_agree_on_a_signal(kind, calm, note, text_data, tmp_path, to):
     """Step finished, saved, 75; resumed, it is the run that nothing happened to."""
     began = time.time()

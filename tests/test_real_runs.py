@@ -21,7 +21,6 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from lm_eval import evaluator
-from test_hellaswag import own_modules_cache
 
 from evals import bits, finetune, harness, real_runs, real_table
 from records import board
@@ -96,7 +95,7 @@ class Sitting:
         """Stages in this process, as imports take long, and without learning curves, which
         tests/test_finetune.py draws. Frozen, a library's objects are in no collection's way."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        with own_modules_cache(modules) as patch:
+        with H.own_modules_cache(modules) as patch:
             patch.setattr(evaluator, "add_env_info", lambda results: None)
             patch.setattr(finetune, "draw", lambda *_: "")
             for job in jobs:

@@ -174,7 +174,7 @@ def grads(attn, ctx, x, weight):
 COMPILED = ("chunked", "diff_v2,selective=true,window2=30")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", ["flex", "chunked"])
 @pytest.mark.parametrize(
     "arm",
