@@ -30,6 +30,7 @@ EOT = 256  # of the tokenizer that is bytes
 BYTE_VOCAB = 257
 
 # Every form of differential attention, and the baseline.
+FORMS = ("diff_v2,form=full", "diff_v2,form=light")  # of one code path with matched and light+
 BUILT_IN = (
     "softmax",
     "diff_v1",

@@ -278,6 +278,7 @@ def strange(pipe, settings: dict) -> None:
         pipe.send({"pid": os.getpid()} | ({"reason": "skipped: no"} if length == 3 else {}))
 
 
+@pytest.mark.long
 def test_worker_outlives_its_process(monkeypatch):
     monkeypatch.setattr(B, "serve", strange)
     worker = B.Worker(SETTINGS)

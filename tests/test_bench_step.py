@@ -88,7 +88,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, capsys):
         scaling.main([])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_time_their_collectives(text_data, tmp_path):
     cfg = H.tiny(text_data, "runs")
     keys = ("n_layer", "d_model", "n_head", "head_dim", "long_layers", "backout", "row_tokens")

@@ -395,7 +395,7 @@ def test_a_signal_ends_it_with_75(text_data, arms, tmp_path):
         assert len(lines(cut)) < 9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks(compared, text_data, tmp_path):
     """Under torchrun an arm is a group that hears each command; the losses are those of one."""
     out = tmp_path / "out"

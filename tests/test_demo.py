@@ -79,6 +79,7 @@ def test_whole_path(text, tmp_path, capsys, monkeypatch):
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_other_shards_and_no_matplotlib(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run_demo(text, tmp_path, "--arms", "diff_v1") == 0

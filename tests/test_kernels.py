@@ -296,7 +296,7 @@ def chosen(data: str, out: str, failing: int) -> tuple:
     return trainer.kernels, fused
 
 
-@pytest.mark.parametrize("failing", [1, -1])
+@pytest.mark.parametrize("failing", [1, pytest.param(-1, marks=pytest.mark.long)])
 def test_ranks_agree(text_data, tmp_path, failing):
     """A kernel that fails on one rank is used on none."""
     works, found = failing < 0, H.on_ranks(2, chosen, tmp_path, str(text_data), "runs", failing)

@@ -221,6 +221,7 @@ def test_what_a_restart_cannot_mend_is_not_replayed(kind, note, text_data, tmp_p
         assert "--micro-batch-tokens" in said["reason"]
 
 
+@pytest.mark.long
 def test_a_folder_of_another_job_is_left_alone(calm, text_data, tmp_path):
     """Not even by a second attempt, which finds a run there and did not make it."""
     held = calm / "r"

@@ -65,6 +65,7 @@ def test_a_doctored_loss_disagrees(record, capfd):
     ]
 
 
+@pytest.mark.long
 def test_another_seed_disagrees(record, capfd):
     """The header does not say what ran."""
 

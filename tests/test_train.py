@@ -37,9 +37,10 @@ def learn(data, out, arm) -> tuple[T.Trainer, float, float]:
 @pytest.mark.parametrize(
     "arm",
     [
-        *H.BUILT_IN,
+        *(a for a in H.BUILT_IN if a not in H.FORMS),
+        *(pytest.param(a, marks=pytest.mark.long) for a in H.FORMS),
         "selective",
-        "diff_v2,selective=true,selector=own",
+        pytest.param("diff_v2,selective=true,selector=own", marks=pytest.mark.long),
         f"{H.ARMS / 'temperature.py'}:Temperature",
     ],
     ids=lambda a: a[-24:],
