@@ -70,6 +70,7 @@ class Line:
 
     def say(self, **what) -> None:
         if self.main:
+            self.idle.set()  # before the word, as the answer to it may come at once
             print(json.dumps(what), file=self.outbox)
 
     def commands(self, world: T.World) -> Iterator[dict]:
@@ -81,7 +82,6 @@ class Line:
         while True:
             box = [None]
             if self.main:
-                self.idle.set()
                 box = [self.heard.get()]
             if group is not None:
                 dist.broadcast_object_list(box, group=group)
