@@ -306,48 +306,59 @@ def front_row(filed: Filed, pair: dict) -> Row:
     }
 
 
-def front_runs(board: Board) -> list[tuple[Filed, Row]]:
-    """Every arm of every folder with runs on GPUs."""
+def alone(board: Board) -> list[Filed]:
+    """Folders with runs on GPUs."""
+    return [f for f in filter(on_gpu, board.all) if f.claim["kind"] != "note"]
+
+
+def longest(filed: list[Filed]) -> list[Filed]:
+    """Of each track, the folders with the largest budget."""
+    most: dict[str, int] = {}
+    for f in filed:
+        track = f.claim["track"]
+        most[track] = max(most.get(track, 0), full_schedule(f)["tokens"])
+    return [f for f in filed if full_schedule(f)["tokens"] == most[f.claim["track"]]]
+
+
+def front_runs(filed: list[Filed]) -> list[Row]:
+    """Every arm of these folders."""
     return [
-        (
-            f,
-            {
-                "track": f.claim["track"],
-                "preset": f.figures["preset"],
-                "arm": f"`{arm}`",
-                "tokens:": millions(full_schedule(f)["tokens"]),
-                "n:": str(a["n"]),
-                "loss:": f"`{f.figures['metric']}` {number(a['loss']['value'], '.4f')}",
-                "train s:": number(a["train_s"]["mean"], ".1f"),
-                "tokens/s:": number(a["tokens_per_s"], ",.0f"),
-                "GB:": number(a["peak_alloc"], ".1f", 1e-9),
-                "machine": ", ".join(f.figures["machines"]),
-                "from": f"[{kind(f)}](records/{place(f)})",
-            },
-        )
-        for f in filter(on_gpu, board.all)
-        if f.claim["kind"] != "note"
+        {
+            "track": f.claim["track"],
+            "preset": f.figures["preset"],
+            "arm": f"`{arm}`",
+            "tokens:": millions(full_schedule(f)["tokens"]),
+            "n:": str(a["n"]),
+            "loss:": f"`{f.figures['metric']}` {number(a['loss']['value'], '.4f')}",
+            "train s:": number(a["train_s"]["mean"], ".1f"),
+            "tokens/s:": number(a["tokens_per_s"], ",.0f"),
+            "GB:": number(a["peak_alloc"], ".1f", 1e-9),
+            "machine": ", ".join(f.figures["machines"]),
+            "from": f"[{kind(f)}](records/{place(f)})",
+        }
+        for f in filed
         for arm, a in full_schedule(f)["arms"].items()
     ]
 
 
+def without_empty(rows: list[Row], name: str) -> list[Row]:
+    """The rows, without this column where no row has anything in it."""
+    if any(row[name] for row in rows):
+        return rows
+    return [{key: cell for key, cell in row.items() if key != name} for row in rows]
+
+
 def figures(board: Board) -> str:
     """What stands between README.md's markers."""
-    lines, rows = headlines(board), [front_row(*pair) for pair in front_pairs(board)]
-    single = front_runs(board)
+    lines, filed = headlines(board), alone(board)
+    rows = without_empty([front_row(*pair) for pair in front_pairs(board)], "may cost, %:")
     if rows:
-        costs = any(row["may cost, %:"] for row in rows)
-        if not costs:
-            rows = [{k: v for k, v in row.items() if k != "may cost, %:"} for row in rows]
-        lines += [*table(rows), FOOT, *([MAY_COST] if costs else [])]
-        most: dict[str, int] = {}
-        for f, row in single:
-            most[row["track"]] = max(most.get(row["track"], 0), full_schedule(f)["tokens"])
-        longest = [r for f, r in single if full_schedule(f)["tokens"] == most[r["track"]]]
-        lines += [LONGEST, *table(longest)]
+        lines += [*table(rows), FOOT]
+        if "may cost, %:" in rows[0]:
+            lines.append(MAY_COST)
+        lines += [LONGEST, *table(front_runs(longest(filed)))]
     if not lines:
-        single = [row for _, row in single]
-        lines = [*table(single), ONLY_SINGLE_RUNS] if single else [NOTHING]
+        lines = [*table(front_runs(filed)), ONLY_SINGLE_RUNS] if filed else [NOTHING]
     return "\n".join(lines) + "\n"
 
 
