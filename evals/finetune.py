@@ -31,6 +31,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -169,6 +170,26 @@ class Kept:
         return saved
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM that come meanwhile are heard at its end (in the main thread, where alone
+    Python hears signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in before:
+        signal.signal(s, lambda *heard: came.append(heard))
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    for s, _ in came:
+        signal.raise_signal(s)
+
+
 class Tuning:
     """One task on one checkpoint: a Trainer that runs once for each seed."""
 
@@ -228,10 +249,11 @@ class Tuning:
         self.looks.append(found)
         best = max(self.looks, key=self.task.rank)  # of equal ones, the first
         log, text = trainer.running.log, " ".join(f"{k}:{v:.4g}" for k, v in found.items())
-        log.write("held_out", **found, best=best["step"])
-        log.say(f"held out: {text}" + (", the best" if best is found else ""))
-        if best is found:  # after its line, which the log has then
-            self.kept = Kept.of(trainer, self.done)
+        with undisturbed():  # a best look that the log names is one that will be saved
+            log.write("held_out", **found, best=best["step"])
+            log.say(f"held out: {text}" + (", the best" if best is found else ""))
+            if best is found:  # after its line, which the log has then
+                self.kept = Kept.of(trainer, self.done)
 
     def save_kept(self) -> None:
         """Whatever has ended the run. Where the disk does not take it, the reason why the run ended

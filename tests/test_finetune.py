@@ -328,6 +328,23 @@ def test_sigterm_saves_the_best_look(base, data, tmp_path):
     says_its_own_step(log.parent, best)
 
 
+def test_a_signal_between_a_look_s_line_and_its_copy_waits(base, data, tmp_path, monkeypatch):
+    tuning = tuning_of(base, data, tmp_path, "csqa_cloze", "--epochs", "1")
+    write = T.RunLog.write
+
+    def wrote(log, kind, **values):
+        write(log, kind, **values)
+        if kind == "held_out":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(T.RunLog, "write", wrote)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.run(0)
+    folder = tmp_path / "csqa_cloze_s0"
+    (look,) = H.read_log(folder, "held_out")
+    says_its_own_step(folder, look["best"])
+
+
 def test_the_held_out_slice_alone_is_looked_at(base, data, tmp_path, monkeypatch):
     """No document of a look is one of train or of the reported set."""
     tuning = tuning_of(base, data, tmp_path, "csqa_cloze", "--epochs", "1")
