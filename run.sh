@@ -10,6 +10,7 @@ at=$root/ # in front of the repository's paths; the user's own start from where 
 if [ "$PWD" = "$root" ]; then at=; fi
 venv=${at}.venv/bin/python torch=torch
 tested="torch numpy hub data plot records hf eval test"
+workers="-n auto --maxprocesses 8 --dist worksteal"
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }
 die() { say "$*" && exit 2; }
@@ -154,6 +155,6 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   records) go numpy records $more -- "${at}records/leaderboard.py" "$@" ;; # check, replay
   sample) go torch numpy +data -- "${at}evals/sample.py" "$@" ;; # writes text with a trained model
   doctor) go -- "${at}data/doctor.py" "$@" ;; # says what this machine has, and what would run
-  test) cd "$root" && go $tested -- -m pytest -q -n auto --maxprocesses 8 "$@" ;; # runs the tests
+  test) cd "$root" && go $tested -- -m pytest -q $workers "$@" ;; # runs the tests
   *) die "there is no command '$command': ./run.sh --help lists them" ;;
 esac

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -226,12 +227,17 @@ def _rank(rank: int, size: int, port: int, work, folder: str, args: tuple) -> No
 
 
 def on_ranks(size: int, work, folder: Path, *args) -> list:
-    """What `work(*args)`, a function of a module, returns on each of `size` gloo processes."""
+    """What `work(*args)`, a function of a module, returns on each of `size` gloo processes. They
+    are forks of a process that has imported torch, and done nothing else, once for all."""
     folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.set_forkserver_preload(["torch.nn.attention.flex_attention"])
     for attempt in range(3):
         try:
-            torch.multiprocessing.spawn(
-                _rank, (size, free_port(), work, str(folder), args), nprocs=size, join=True
+            torch.multiprocessing.start_processes(
+                _rank,
+                (size, free_port(), work, str(folder), args),
+                nprocs=size,
+                start_method="forkserver",
             )
             break
         except torch.multiprocessing.ProcessRaisedException as e:

@@ -125,6 +125,7 @@ def test_output_and_gradients(case):
     assert_same(*run(case))
 
 
+@pytest.mark.long
 @names([case for case in ATTENTION if case not in FLEX and case.arm in ("diff_v1", "diff_v2")])
 def test_one_graph(case):
     """What the GPU compiles is one graph, backward too, and the same numbers."""

@@ -225,7 +225,9 @@ def in_bank(p: torch.Tensor, flat: torch.Tensor) -> bool:
     return 0 <= start and start + 4 * p.numel() <= 4 * flat.numel()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long), "inductor"]
+)
 def test_gradients_land_in_the_bank(backend):
     """After backward p.grad is the very view of the bank that it was, and holds the gradient."""
     if backend == "inductor" and shutil.which("g++") is None:

@@ -155,7 +155,10 @@ def test_dispatch(door, shell):
         (["data", "fineweb", "--shards", "2"], "python data/get.py fineweb --shards 2"),
         (["sample", "runs/a"], "python evals/sample.py runs/a"),
         (["doctor", "--json"], "python data/doctor.py --json"),
-        (["test", "-k", "a*"], "python -m pytest -q -n auto --maxprocesses 8 -k 'a*'"),
+        (
+            ["test", "-k", "a*"],
+            "python -m pytest -q -n auto --maxprocesses 8 --dist worksteal -k 'a*'",
+        ),
         (["speedrun", "--help"], "python train_gpt.py --help"),
         (["speedrun", "--preset", "gpt2", "-h"], "python variants/gpt2.py --help"),
     ):

@@ -37,8 +37,10 @@ def learn(data, out, arm) -> tuple[T.Trainer, float, float]:
 @pytest.mark.parametrize(
     "arm",
     [
-        *(a for a in H.BUILT_IN if a not in H.FORMS),
-        *(pytest.param(a, marks=pytest.mark.long) for a in H.FORMS),
+        "softmax",
+        "diff_v1",
+        "diff_v2",
+        *(pytest.param(a, marks=pytest.mark.long) for a in (*H.FORMS, "diff_v2,form=light+")),
         "selective",
         pytest.param("diff_v2,selective=true,selector=own", marks=pytest.mark.long),
         f"{H.ARMS / 'temperature.py'}:Temperature",
@@ -160,7 +162,7 @@ def test_hash_chain(run, tmp_path):
 # ---- seeds, reset, warm-up ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ["softmax", "diff_v2"])
+@pytest.mark.parametrize("arm", [pytest.param("softmax", marks=pytest.mark.long), "diff_v2"])
 def test_reset_equals_a_fresh_process(text_data, tmp_path, arm):
     """After a run with other seeds, reset gives to the bit what a new process gives."""
     fresh = {"arm": arm, "seed": 5, "data_seed": 2}
