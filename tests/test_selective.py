@@ -140,7 +140,9 @@ def row_docs(length: int) -> torch.Tensor:
     return torch.stack(ids).int()
 
 
-def eager_flex(q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux=None):
+def eager_flex(
+    q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux=None, kernel_options=None
+):
     """FlexAttention by its definition, with a backward on the CPU, which the real one lacks."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     b, h, i, j = (
@@ -244,11 +246,6 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
         ("selective", {"val_row_tokens": 262_144}, "--val-row-tokens 262144: "),
         ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 numbers"),
         ("selective", {"deterministic": True}, "--deterministic needs chunked"),
-        (
-            "selective,selective_grad=chunked",
-            {"deterministic": True, "compile": False},
-            "--no-compile: CUDA's running sums, of selective arms, are not --deterministic",
-        ),
         ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
         ("softmax,selective=true", {}, "has the arm selective"),
         ("diff_v1,selective=true", {}, "has the arm selective"),
