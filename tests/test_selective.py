@@ -144,6 +144,7 @@ def eager_flex(
     q, k, v, score_mod, block_mask, scale, enable_gqa, return_aux=None, kernel_options=None
 ):
     """FlexAttention by its definition, with a backward on the CPU, which the real one lacks."""
+    assert kernel_options["num_stages"] == 2  # an H100 has no shared memory for three
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     b, h, i, j = (
         torch.arange(n).view([-1 if d == at else 1 for d in range(4)])
@@ -171,6 +172,19 @@ def grads(attn, ctx, x, weight):
     y = attn(x, None, ctx)
     got = torch.autograd.grad((y * weight).sum(), [x, *params])
     return {"y": y.detach(), **dict(zip(["x", *names], got, strict=True))}
+
+
+def test_the_running_sum_is_one_operation():
+    """Also in a compiled graph, where Inductor would make a scan of its own of it."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 9, 5, generator=gen).transpose(2, 3).requires_grad_()
+    torch.library.opcheck(T.running_sum, (x,))
+    weight = torch.randn(x.shape, generator=gen)
+    got, want = (
+        torch.autograd.grad((f(x) * weight).sum(), x)[0]
+        for f in (T.running_sum, lambda x: x.cumsum(-2))
+    )
+    assert torch.equal(got, want)
 
 
 COMPILED = ("chunked", "diff_v2,selective=true,window2=30")
