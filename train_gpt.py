@@ -513,8 +513,6 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
         need(
             way != "flex", "--selective_grad flex adds in any order: --deterministic needs chunked"
         )
-        fixed = cfg.run.compile or cfg.run.device == "cpu"  # Inductor's running sum has one order
-        need(fixed, "--no-compile: CUDA's running sums, of selective arms, are not --deterministic")
     for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
@@ -1063,6 +1061,24 @@ def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
     return torch.where(still & ~starts[:, :, None, None], before(k), k)
 
 
+@torch.library.custom_op("nca::running_sum", mutates_args=())
+def running_sum(x: Tensor) -> Tensor:
+    """x [..., T, n] -> the sums over T so far, by PyTorch's own kernel, which goes down a column.
+
+    Inductor's, where columns are few, splits one over programs that add in the order in which they
+    come, so that equal runs differ; and torch 2.11 cannot generate all such kernels.
+    """
+    return x.cumsum(-2)
+
+
+@running_sum.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+
+running_sum.register_autograd(lambda ctx, grad: running_sum(grad.flip(-2)).flip(-2))
+
+
 def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
     """F of selective attention (2410.02703): q, k [B, T, G, D] -> [B, G, T, T] fp32, G selectors.
 
@@ -1076,7 +1092,7 @@ def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
     # Row i has the scores of query i - 1, so that a plain running sum leaves out query i itself.
     scores = before(q).transpose(1, 2) @ k.permute(0, 2, 3, 1)
     scores = torch.where(earlier, F.relu(scores), 0.0).float() * ctx.scale(q.size(-1))
-    return scores.cumsum(-2)
+    return running_sum(scores)
 
 
 SELECTIVE_CHUNK = 512  # queries at a time
@@ -1129,7 +1145,12 @@ def attend_selected(
     def less(score, b, h, i, j):
         return score - fixed[b, h // group, i, j]
 
-    flex = functools.partial(flex_attention, score_mod=less, block_mask=ctx.mask)
+    # F is loaded block by block, too: in the usual three stages the way back (heads of 128) takes
+    # 264 kB of shared memory and the way forth (heads of 64) 247, of which an H100 has 232.
+    options = {"num_stages": 2}
+    flex = functools.partial(
+        flex_attention, score_mod=less, block_mask=ctx.mask, kernel_options=options
+    )
     if not chunked:
         return flex(q, k, v, scale=scale, enable_gqa=gqa)
     y, aux = flex(q, k, v, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))

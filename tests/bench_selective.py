@@ -43,7 +43,7 @@ def parts(heads: tuple[int, int, int], args, device: str) -> dict:
         return x.to(device, dtype).requires_grad_()
 
     q, k, v = rand(query), rand(kv), rand(kv)
-    docs = torch.cat([B.documents(args.length, args.doc_mean) for _ in range(args.rows)]).to(device)
+    docs = B.documents(args.length, args.doc_mean, args.rows).to(device)
     window = torch.tensor([args.window], dtype=torch.int32, device=device)
     make = T.block_mask if device == "cuda" else T.dense_mask
     ctx = T.Context(make(docs, window), {}, B.scale, T.starts_of(docs), docs, window)

@@ -1,10 +1,11 @@
 """One rank of a run with a fault: `faults.py FAULT TRAINER-ARGUMENTS`, by hand or under torchrun.
 
-FAULT: none | nan (the last rank's gradients, from step 5 on) | kill, oom or term (SIGTERM), all of
-the last rank after step 6 | bad-input (rank 0 after step 6) | long (steps of 0.4 s) | deaf (the
-last rank waits outside Python after step 6, for ever; ranks give up 5 s after a signal). A fault
-happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the weights that
-a rank ended with, OUT/fault the time of a kill or the wait.
+FAULT: none | nan (the last rank's gradients, from step 5 on) | kill or oom, of the last rank after
+step 6 | term (SIGTERM to the last rank after step 4: where the host reads steps one late it takes
+two more, and some of 8 should be left) | bad-input (rank 0 after step 6) | long (steps of 0.4 s) |
+deaf (the last rank waits outside Python after step 6, for ever; ranks give up 5 s after a signal).
+A fault happens once: not in a process that torchrun restarted. OUT/weights<rank>.pt holds the
+weights that a rank ended with, OUT/fault the time of a kill or the wait.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Fault:
         self.poisoned = self.kind == "nan" and LAST and step.index >= 3
         if self.kind == "long":
             time.sleep(0.4)
-        if step.index != 5:
+        if step.index != (3 if self.kind == "term" else 5):
             return
         if self.kind in ("kill", "deaf") and LAST:
             (Path(trainer.cfg.run.out) / "fault").write_text(str(time.time()))
@@ -72,6 +73,6 @@ if __name__ == "__main__":
         T.GRACE_SECONDS = 5
     code = T.main(sys.argv[2:], lambda cfg: T.Hooks(after_step=fault.after_step))
     if fault.trainer is not None:
-        weights = {n: p.detach() for n, p in fault.trainer.model.named_parameters()}
+        weights = {n: p.detach().cpu() for n, p in fault.trainer.model.named_parameters()}
         torch.save(weights, Path(fault.trainer.cfg.run.out) / f"weights{RANK}.pt")
     sys.exit(code)

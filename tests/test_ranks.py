@@ -109,7 +109,8 @@ def since(out) -> float:
 
 
 def weights(out, rank: int) -> dict:
-    return torch.load(out / f"weights{rank}.pt", weights_only=True)
+    """On the CPU: over NCCL each rank had its own GPU."""
+    return torch.load(out / f"weights{rank}.pt", map_location="cpu", weights_only=True)
 
 
 def assert_same(a: dict, b: dict) -> None:
