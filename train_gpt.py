@@ -3914,13 +3914,18 @@ def probe_mlp(device: torch.device) -> str:
 
 
 ROW_BLOCK = 2048, 4  # logits at a time, warps
-GRAD_TILE = 128, 64, 8  # rows, columns, warps
+# Rows, columns, tiles of a group (see `grad_tiles`); warps, registers a thread: 64 let four programs
+# wait for memory on a multiprocessor.
+GRAD_TILE = 128, 64, 8, 8, 64
 
 
 @jit
 def sigmoid_of(z, shift, width):
-    """sigmoid((z + shift) / width) by a power of two; 0 at -inf."""
-    return 1 / (1 + tl.exp2((z + shift) * (-1.4426950408889634 / width)))
+    """sigmoid((z + shift) / width) by a power of two; 0 at -inf. A root's reciprocal, squared, is
+    two instructions where Triton's division is five."""
+    slope = -1.4426950408889634 / width
+    root = tl.rsqrt(1 + tl.exp2(z * slope + shift * slope))
+    return root * root
 
 
 @jit
@@ -3945,21 +3950,23 @@ def loss_rows(
 
 @jit
 def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.constexpr):
-    """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32."""
+    """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32. What depends
+    on the row alone is multiplied there."""
     top, shift, width, scale = cap
     inside = (rows < N)[:, None] & (columns < V)[None, :]
     at = rows.to(tl.int64)[:, None] * V + columns[None, :]
     s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
-    total = tl.load(totals + rows, rows < N, 0.0)
-    p = tl.exp2((s * top - total[:, None]) * 1.4426950408889634)
+    total = tl.load(totals + rows, rows < N, 0.0) * 1.4426950408889634
+    p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
     share = tl.zeros_like(total)
     hits = tl.zeros_like(p)
     for i in tl.static_range(AHEAD):
-        target = tl.load(targets + rows * AHEAD + i, rows < N, -1)
-        weight = tl.where(target >= 0, tl.load(weights + i), 0.0)
+        target = tl.load(targets + rows * AHEAD + i, rows < N, -1).to(tl.int32)
+        weight = tl.load(weights + i) * (top / width * scale)
+        weight = tl.where(target >= 0, weight, 0.0)
         share += weight
         hits += tl.where(columns[None, :] == target[:, None], weight[:, None], 0.0)
-    return (p * share[:, None] - hits) * (s * (1 - s) * (top / width * scale))
+    return (p * share[:, None] - hits) * (s * (1 - s))
 
 
 @jit
@@ -3994,11 +4001,19 @@ def grad_tiles(
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A tile of z [2 PAIRS, V] a program -> grad, the same in bytes, and turned [V, PAIRS]. A pair
-    of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not."""
-    pairs = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not.
+
+    Programs go down GROUP tiles, then to the next column of tiles: what runs at one time reads and
+    writes long runs of memory in both directions.
+    """
+    down, across = tl.cdiv(2 * PAIRS, ROWS), tl.cdiv(V, COLUMNS)
+    top_tile = tl.program_id(0) // (GROUP * across) * GROUP
+    place, height = tl.program_id(0) % (GROUP * across), tl.minimum(down - top_tile, GROUP)
+    pairs = (top_tile + place % height) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    columns = place // height * COLUMNS + tl.arange(0, COLUMNS)
     N = 2 * PAIRS
     cap = (top, shift, width, scale)
     low = grad_of(z, targets, weights, totals, 2 * pairs, columns, N, V, cap, AHEAD)
@@ -4030,11 +4045,11 @@ def loss_and_grad(
     cap = (top, shift, width)
     block, warps = ROW_BLOCK
     loss_rows[(n,)](z, targets, losses, totals, v, *cap, ahead, block, num_warps=warps)
-    rows, columns, warps = GRAD_TILE
-    grid = triton.cdiv(v, columns), triton.cdiv(n, rows)
+    rows, columns, group, warps, registers = GRAD_TILE
+    tiles = triton.cdiv(v, columns) * triton.cdiv(n, rows)
     outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
-    tile = (ahead, rows, columns)
-    grad_tiles[grid](z, targets, weights, totals, *outs, *tile, num_warps=warps)
+    how, limits = (ahead, rows, columns, group), {"num_warps": warps, "maxnreg": registers}
+    grad_tiles[(tiles,)](z, targets, weights, totals, *outs, *how, **limits)
     return losses, grad, turned
 
 

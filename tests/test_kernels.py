@@ -161,6 +161,15 @@ def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, ahead):
     assert off < 1e-2, "rounding twice, to fp16 first, should decide one in 400"
 
 
+@interpreted
+@pytest.mark.parametrize("tile", [(16, 32, 2, 4, 64), (32, 16, 4, 4, 64), (64, 64, 1, 4, 64)])
+def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
+    """Whole groups of tiles, one that is cut short, and none."""
+    monkeypatch.setattr(T, "GRAD_TILE", tile)
+    monkeypatch.setattr(T, "ROW_BLOCK", (64, 4))
+    test_interpreted_loss_and_gradient(None, 30.0, 134, 144, 1)
+
+
 # ---- where the kernels do not run ---------------------------------------------------------------
 
 
