@@ -896,8 +896,8 @@ class Head:
     @torch.no_grad()
     def prepare(self) -> None:
         if self.fp8:
-            w8 = to_fp8(self.weight, self.w8_scale, E4M3)
-            self._cast = (w8, w8.t().contiguous())
+            w8 = self._to_fp8(self.weight, self.w8_scale, E4M3)
+            self._cast = (w8, self._transposed(w8))
         else:
             self._cast = (self.weight.to(self.dtype),)
 
@@ -1846,16 +1846,14 @@ def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> 
     """u [n, rows, cols] -> the nearest semi-orthogonal matrices, roughly: singular values that were
     >= 0.001 of the norm come out in [0.847, 1.141] (bfloat16 blurs the smallest ones)."""
     x = u.to(dtype)
-    tall = x.size(1) > x.size(2)
-    if tall:
-        x = x.mT
+    tall = x.size(1) > x.size(2)  # then from the right, so that the result is laid out as u is
     slack = 1.02 if coefficients is POLAR_EXPRESS else 1.0
     x = x / (x.norm(dim=(1, 2), keepdim=True) * slack + 1e-7)
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+    return x
 
 
 def even_out(step: Tensor, second: Tensor, beta2: float, bad: Tensor) -> Tensor:
@@ -1888,11 +1886,11 @@ def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
     return t.add_(x * factor) if isinstance(factor, Tensor) else t.add_(x, alpha=factor)
 
 
-def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor) -> Tensor:
+def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor, dtype) -> Tensor:
     """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors."""
     grad = torch.where(bad, momentum, grad)  # NaN x 0 is NaN; drawn towards itself it stays
     momentum.lerp_(grad, rest)
-    return grad.lerp(momentum, mu)
+    return grad.lerp(momentum, mu).to(dtype)
 
 
 def muon_update(
@@ -2025,7 +2023,7 @@ class Bank:
                 mean = self.adam.state[self.own]["exp_avg"]
                 f["adam_decay"](self.own, mean, factors[0], bad, group)
             return
-        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad)
+        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad, dtype)
         step = orthogonalize(u.view(-1, *self.matrix), dtype)
         second = self.second.view(len(step), -1) if group.beta2 else None
         f["muon_update"](self.own.view_as(step), step, second, factors[0], bad, group)
@@ -3914,8 +3912,8 @@ def probe_mlp(device: torch.device) -> str:
 
 
 ROW_BLOCK = 2048, 4  # logits at a time, warps
-# Rows, columns, tiles of a group (see `grad_tiles`); warps, registers a thread: 64 let four programs
-# wait for memory on a multiprocessor.
+# Rows, columns, tiles of a group (see `grad_tiles`), warps, registers a thread: 64 let four
+# programs wait for memory on a multiprocessor.
 GRAD_TILE = 128, 64, 8, 8, 64
 
 
