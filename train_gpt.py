@@ -894,8 +894,8 @@ class Head:
     @torch.no_grad()
     def prepare(self) -> None:
         if self.fp8:
-            w8 = to_fp8(self.weight, self.w8_scale, E4M3)
-            self._cast = (w8, w8.t().contiguous())
+            w8 = self._to_fp8(self.weight, self.w8_scale, E4M3)
+            self._cast = (w8, self._transposed(w8))
         else:
             self._cast = (self.weight.to(self.dtype),)
 
@@ -1867,16 +1867,14 @@ def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> 
     """u [n, rows, cols] -> the nearest semi-orthogonal matrices, roughly: singular values that were
     >= 0.001 of the norm come out in [0.847, 1.141] (bfloat16 blurs the smallest ones)."""
     x = u.to(dtype)
-    tall = x.size(1) > x.size(2)
-    if tall:
-        x = x.mT
+    tall = x.size(1) > x.size(2)  # then from the right, so that the result is laid out as u is
     slack = 1.02 if coefficients is POLAR_EXPRESS else 1.0
     x = x / (x.norm(dim=(1, 2), keepdim=True) * slack + 1e-7)
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+    return x
 
 
 def even_out(step: Tensor, second: Tensor, beta2: float, bad: Tensor) -> Tensor:
@@ -1909,11 +1907,11 @@ def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
     return t.add_(x * factor) if isinstance(factor, Tensor) else t.add_(x, alpha=factor)
 
 
-def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor) -> Tensor:
+def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor, dtype) -> Tensor:
     """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors."""
     grad = torch.where(bad, momentum, grad)  # NaN x 0 is NaN; drawn towards itself it stays
     momentum.lerp_(grad, rest)
-    return grad.lerp(momentum, mu)
+    return grad.lerp(momentum, mu).to(dtype)
 
 
 def muon_update(
@@ -2046,7 +2044,7 @@ class Bank:
                 mean = self.adam.state[self.own]["exp_avg"]
                 f["adam_decay"](self.own, mean, factors[0], bad, group)
             return
-        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad)
+        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad, dtype)
         step = orthogonalize(u.view(-1, *self.matrix), dtype)
         second = self.second.view(len(step), -1) if group.beta2 else None
         f["muon_update"](self.own.view_as(step), step, second, factors[0], bad, group)
@@ -3935,13 +3933,18 @@ def probe_mlp(device: torch.device) -> str:
 
 
 ROW_BLOCK = 2048, 4  # logits at a time, warps
-GRAD_TILE = 128, 64, 8  # rows, columns, warps
+# Rows, columns, tiles of a group (see `grad_tiles`), warps, registers a thread: 64 let four
+# programs wait for memory on a multiprocessor.
+GRAD_TILE = 128, 64, 8, 8, 64
 
 
 @jit
 def sigmoid_of(z, shift, width):
-    """sigmoid((z + shift) / width) by a power of two; 0 at -inf."""
-    return 1 / (1 + tl.exp2((z + shift) * (-1.4426950408889634 / width)))
+    """sigmoid((z + shift) / width) by a power of two; 0 at -inf. A root's reciprocal, squared, is
+    two instructions where Triton's division is five."""
+    slope = -1.4426950408889634 / width
+    root = tl.rsqrt(1 + tl.exp2(z * slope + shift * slope))
+    return root * root
 
 
 @jit
@@ -3966,21 +3969,23 @@ def loss_rows(
 
 @jit
 def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.constexpr):
-    """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32."""
+    """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32. What depends
+    on the row alone is multiplied there."""
     top, shift, width, scale = cap
     inside = (rows < N)[:, None] & (columns < V)[None, :]
     at = rows.to(tl.int64)[:, None] * V + columns[None, :]
     s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
-    total = tl.load(totals + rows, rows < N, 0.0)
-    p = tl.exp2((s * top - total[:, None]) * 1.4426950408889634)
+    total = tl.load(totals + rows, rows < N, 0.0) * 1.4426950408889634
+    p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
     share = tl.zeros_like(total)
     hits = tl.zeros_like(p)
     for i in tl.static_range(AHEAD):
-        target = tl.load(targets + rows * AHEAD + i, rows < N, -1)
-        weight = tl.where(target >= 0, tl.load(weights + i), 0.0)
+        target = tl.load(targets + rows * AHEAD + i, rows < N, -1).to(tl.int32)
+        weight = tl.load(weights + i) * (top / width * scale)
+        weight = tl.where(target >= 0, weight, 0.0)
         share += weight
         hits += tl.where(columns[None, :] == target[:, None], weight[:, None], 0.0)
-    return (p * share[:, None] - hits) * (s * (1 - s) * (top / width * scale))
+    return (p * share[:, None] - hits) * (s * (1 - s))
 
 
 @jit
@@ -4015,11 +4020,19 @@ def grad_tiles(
     AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A tile of z [2 PAIRS, V] a program -> grad, the same in bytes, and turned [V, PAIRS]. A pair
-    of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not."""
-    pairs = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not.
+
+    Programs go down GROUP tiles, then to the next column of tiles: what runs at one time reads and
+    writes long runs of memory in both directions.
+    """
+    down, across = tl.cdiv(2 * PAIRS, ROWS), tl.cdiv(V, COLUMNS)
+    top_tile = tl.program_id(0) // (GROUP * across) * GROUP
+    place, height = tl.program_id(0) % (GROUP * across), tl.minimum(down - top_tile, GROUP)
+    pairs = (top_tile + place % height) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    columns = place // height * COLUMNS + tl.arange(0, COLUMNS)
     N = 2 * PAIRS
     cap = (top, shift, width, scale)
     low = grad_of(z, targets, weights, totals, 2 * pairs, columns, N, V, cap, AHEAD)
@@ -4051,11 +4064,11 @@ def loss_and_grad(
     cap = (top, shift, width)
     block, warps = ROW_BLOCK
     loss_rows[(n,)](z, targets, losses, totals, v, *cap, ahead, block, num_warps=warps)
-    rows, columns, warps = GRAD_TILE
-    grid = triton.cdiv(v, columns), triton.cdiv(n, rows)
+    rows, columns, group, warps, registers = GRAD_TILE
+    tiles = triton.cdiv(v, columns) * triton.cdiv(n, rows)
     outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
-    tile = (ahead, rows, columns)
-    grad_tiles[grid](z, targets, weights, totals, *outs, *tile, num_warps=warps)
+    how, limits = (ahead, rows, columns, group), {"num_warps": warps, "maxnreg": registers}
+    grad_tiles[(tiles,)](z, targets, weights, totals, *outs, *how, **limits)
     return losses, grad, turned
 
 

@@ -28,10 +28,11 @@ import train_gpt as T
 
 KINDS = (
     ("communication", r"nccl"),
-    ("attention forward", r"flex_attention(?!.*backward)"),
-    ("attention backward", r"flex_attention.*backward|flex_attention_backward"),
+    ("attention forward", r"flex_attention(?!.*backward)|flash_fwd|cu_blocks"),
+    ("attention backward", r"flex_attention.*backward|flash_bwd"),  # flash-attn-4: kernel_cutlass_
     ("what selective attention takes, running sums", r"cumsum|scan_outer"),
-    ("cross-entropy", r"triton_.*(exp_|_log_|gather)"),
+    ("cross-entropy", r"triton_.*(exp_|_log_|gather)|^loss_rows|^grad_tiles"),
+    ("matmul with relu^2", r"^relu2_tiles"),
     ("FP8 matmul", r"nvjet_sm90_q|e4m3|e5m2"),
     ("matmul", r"gemm|cutlass|cublas|nvjet|sm90_xmma"),
     ("Adam", r"adam|multi_tensor"),

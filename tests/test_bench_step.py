@@ -46,6 +46,21 @@ def test_what_hides_communication_is_another_kernel_at_that_time():
     assert B.kind_of(RS) == B.kind_of(AG) == "communication"
 
 
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90Flash", "attention forward"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_bwd_preprocess", "attention backward"),
+        ("triton_tem_fused_flex_attention_backward_3", "attention backward"),
+        ("relu2_tiles", "matmul with relu^2"),
+        ("grad_tiles", "cross-entropy"),
+        ("sm90_xmma_gemm_bf16", "matmul"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert B.kind_of(kernel) == kind
+
+
 def test_merged_joins_what_touches():
     spans = [B.Span("a", *t) for t in ((5.0, 6.0), (0.0, 2.0), (1.0, 1.5), (2.0, 3.0))]
     assert B.merged(spans) == [(0.0, 3.0), (5.0, 6.0)] and B.length(B.merged(spans)) == 4
