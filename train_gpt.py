@@ -982,11 +982,14 @@ def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def project(x: Tensor, layers: list[Linear], heads: int = 0) -> tuple[Tensor, ...]:
-    """x [..., d] through several layers in one product -> a tensor for each.
+def project(x: Tensor, layers: list[Linear], heads: int = 0, dim: int = 0) -> tuple[Tensor, ...]:
+    """x [..., d] through several layers in one product -> a tensor for each, [..., n], or with dim
+    [..., n / dim, dim].
 
     A layer of two maps, stored map-major as (2, heads, D) rows, comes out with its heads in pairs:
     0 of map 0, 0 of map 1, 1 of map 0, ... Reordering weights costs less than activations.
+    With dim the split is of heads, not of columns: so Inductor fuses its way back with QK norm's
+    (else gradients of q and k go to memory in fp32, for one more kernel to read them).
     """
 
     def rows(t: Tensor, maps: int) -> Tensor:
@@ -999,7 +1002,10 @@ def project(x: Tensor, layers: list[Linear], heads: int = 0) -> tuple[Tensor, ..
     b = None
     if layers[0].bias is not None:
         b = torch.cat([rows(layer.bias, layer.maps) for layer in layers])
-    return F.linear(x, w, b).split([layer.weight.size(0) for layer in layers], dim=-1)
+    y, sizes = F.linear(x, w, b), [layer.weight.size(0) for layer in layers]
+    if not dim:
+        return y.split(sizes, dim=-1)
+    return y.unflatten(-1, (-1, dim)).split([n // dim for n in sizes], dim=-2)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -1049,9 +1055,13 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
     """RoPE on x [B, T, H, D], in fp32, split-half pairs."""
     if not ctx.rope:
         return x.contiguous()  # FlexAttention's lowering wants q and k to come out of an operation
-    cos, sin = ctx.rope[x.size(-1)][:, : x.size(1), None].unbind(0)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+    cos, sin = ctx.rope[x.size(-1)][:, : x.size(1), None, None].unbind(0)
+    pairs = x.float().unflatten(-1, (2, -1))
+    first = torch.arange(2, device=x.device)[:, None] == 0
+    # (a cos + b sin, b cos - a sin). Of a torch.cat Inductor computes both halves, with masks, and
+    # on the way back it writes an fp32 copy to memory.
+    straight, across = pairs * cos, pairs.flip(-2) * torch.where(first, sin, -sin)
+    return (straight.flatten(-2) + across.flatten(-2)).to(x.dtype)
 
 
 def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
@@ -1345,8 +1355,8 @@ class Arm(nn.Module):
         if not self.selectors:
             return attend(q, k, v, ctx)
         if self.own_selector:
-            own = project(x, [self.select_q, self.select_k])
-            chosen = self.position(*(t.unflatten(-1, (1, -1)) for t in own), ctx)
+            own = project(x, [self.select_q, self.select_k], dim=self.cfg.head_dim)
+            chosen = self.position(*own, ctx)
         else:  # scores of the first head of each group: the kernel computes them once more
             chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
         taken = selection(*chosen, ctx)
@@ -1367,7 +1377,7 @@ class Softmax(Arm):
         self.q, self.k, self.v = (Linear(h * dim, d, bias=cfg.bias) for _ in range(3))
 
     def forward(self, x, ve, ctx):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in project(x, [self.q, self.k, self.v]))
+        q, k, v = project(x, [self.q, self.k, self.v], dim=self.cfg.head_dim)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
         return self.attend(x, q, k, v, ctx).flatten(2), v
@@ -1387,7 +1397,7 @@ class Paired(Softmax):
         self.heads_q = self.heads_kv = self.heads // 2
 
     def forward(self, x, ve, ctx):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in project(x, [self.q, self.k, self.v]))
+        q, k, v = project(x, [self.q, self.k, self.v], dim=self.cfg.head_dim)
         v = self.mix(v, ve)
         q, k, both = (t.unflatten(2, (2, -1)).flatten(1, 2) for t in (q, k, v))
         q, k = self.position(q, k, ctx)
@@ -1430,10 +1440,9 @@ class DiffV2(Arm):
             self.head_windows = (NO_LIMIT, cfg.window2) * pairs
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.heads)
-        q, k = (t.unflatten(-1, (-1, self.cfg.head_dim)) for t in (q, k))
+        q, k, v = project(x, [self.q, self.k, self.v], self.heads, self.cfg.head_dim)
         q, k = self.position(q, k, ctx)
-        v = self.mix(v.unflatten(-1, (self.heads_kv, -1)), ve)
+        v = self.mix(v, ve)
         a1, a2 = self.attend(x, q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
         return (a1 - self.weight(x) * a2).flatten(2), v
 
@@ -1471,10 +1480,9 @@ class DiffV1(Arm):
         self.gain = parameter((2 * dim,), ("constant", 1.0), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.heads)
-        q, k = (t.unflatten(-1, (-1, self.dim)) for t in (q, k))
+        q, k, v = project(x, [self.q, self.k, self.v], self.heads, self.dim)
         q, k = self.position(q, k, ctx)
-        v = self.mix(v.unflatten(-1, (self.heads, -1)), ve)
+        v = self.mix(v.unflatten(-2, (self.heads, 2)).flatten(-2), ve)
         both = v.repeat_interleave(2, dim=2)  # one call for both maps: V once for each
         a1, a2 = attend(q, k, both, ctx).unflatten(2, (self.heads, 2)).unbind(3)
         y = a1.float() - self.mixing() * a2.float()
