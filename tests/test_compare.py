@@ -96,6 +96,7 @@ def run_ids(path: Path) -> set[str]:
 # ---- reset --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_reset_equals_a_fresh_process(text_data, arms, tmp_path):
     """A worker, after a run of another seed and budget: the same losses, weights, buffers and
     optimizer, to the bit, as train_gpt.py gives in a process of its own."""
