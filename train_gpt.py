@@ -982,30 +982,27 @@ def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
 
-def project(x: Tensor, layers: list[Linear], heads: int = 0, dim: int = 0) -> tuple[Tensor, ...]:
-    """x [..., d] through several layers in one product -> a tensor for each, [..., n], or with dim
-    [..., n / dim, dim].
+def project(x: Tensor, layers: list[Linear], dim: int) -> tuple[Tensor, ...]:
+    """x [..., d] through several layers in one product -> a tensor [..., heads, dim] for each.
 
-    A layer of two maps, stored map-major as (2, heads, D) rows, comes out with its heads in pairs:
-    0 of map 0, 0 of map 1, 1 of map 0, ... Reordering weights costs less than activations.
-    With dim the split is of heads, not of columns: so Inductor fuses its way back with QK norm's
-    (else gradients of q and k go to memory in fp32, for one more kernel to read them).
+    A layer of two maps, stored map-major as (2, heads, dim) rows, comes out with its heads in
+    pairs: 0 of map 0, 0 of map 1, 1 of map 0, ... Reordering weights costs less than activations.
+    The split is of heads, not of columns: so Inductor fuses its way back with QK norm's (else
+    gradients of q and k go to memory in fp32, for one more kernel to read them).
     """
 
     def rows(t: Tensor, maps: int) -> Tensor:
         t = t.to(x.dtype)
         if maps == 2:
-            t = t.unflatten(0, (2, heads, -1)).transpose(0, 1).flatten(0, 2)
+            t = t.unflatten(0, (2, -1, dim)).transpose(0, 1).flatten(0, 2)
         return t
 
     w = torch.cat([rows(layer.weight, layer.maps) for layer in layers])
     b = None
     if layers[0].bias is not None:
         b = torch.cat([rows(layer.bias, layer.maps) for layer in layers])
-    y, sizes = F.linear(x, w, b), [layer.weight.size(0) for layer in layers]
-    if not dim:
-        return y.split(sizes, dim=-1)
-    return y.unflatten(-1, (-1, dim)).split([n // dim for n in sizes], dim=-2)
+    heads = [layer.weight.size(0) // dim for layer in layers]
+    return F.linear(x, w, b).unflatten(-1, (-1, dim)).split(heads, dim=-2)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -1355,7 +1352,7 @@ class Arm(nn.Module):
         if not self.selectors:
             return attend(q, k, v, ctx)
         if self.own_selector:
-            own = project(x, [self.select_q, self.select_k], dim=self.cfg.head_dim)
+            own = project(x, [self.select_q, self.select_k], self.cfg.head_dim)
             chosen = self.position(*own, ctx)
         else:  # scores of the first head of each group: the kernel computes them once more
             chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
@@ -1377,7 +1374,7 @@ class Softmax(Arm):
         self.q, self.k, self.v = (Linear(h * dim, d, bias=cfg.bias) for _ in range(3))
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], dim=self.cfg.head_dim)
+        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
         return self.attend(x, q, k, v, ctx).flatten(2), v
@@ -1397,7 +1394,7 @@ class Paired(Softmax):
         self.heads_q = self.heads_kv = self.heads // 2
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], dim=self.cfg.head_dim)
+        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
         v = self.mix(v, ve)
         q, k, both = (t.unflatten(2, (2, -1)).flatten(1, 2) for t in (q, k, v))
         q, k = self.position(q, k, ctx)
@@ -1440,7 +1437,7 @@ class DiffV2(Arm):
             self.head_windows = (NO_LIMIT, cfg.window2) * pairs
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.heads, self.cfg.head_dim)
+        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
         a1, a2 = self.attend(x, q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
@@ -1480,7 +1477,7 @@ class DiffV1(Arm):
         self.gain = parameter((2 * dim,), ("constant", 1.0), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.heads, self.dim)
+        q, k, v = project(x, [self.q, self.k, self.v], self.dim)
         q, k = self.position(q, k, ctx)
         v = self.mix(v.unflatten(-2, (self.heads, 2)).flatten(-2), ve)
         both = v.repeat_interleave(2, dim=2)  # one call for both maps: V once for each
@@ -1881,7 +1878,8 @@ def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> 
     for a, b, c in coefficients:
         gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+        sides = (x, poly) if tall else (poly, x)
+        x = torch.baddbmm(x, *sides, beta=a)
     return x
 
 

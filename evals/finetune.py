@@ -177,16 +177,16 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple] = []
+    came: list[int] = []
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     for s in before:
-        signal.signal(s, lambda *heard: came.append(heard))
+        signal.signal(s, lambda number, _: came.append(number))
     try:
         yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    for s, _ in came:
+    for s in came:
         signal.raise_signal(s)
 
 

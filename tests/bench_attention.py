@@ -273,10 +273,8 @@ def operation(
     return lambda x: arm(x, None, ctx)[0], list(arm.parameters())
 
 
-def given_projections(x: Given, layers, heads: int = 0, dim: int = 0) -> tuple[Tensor, ...]:
-    """As `T.project`: heads apart where it is asked for their dimension."""
-    given = (x.q, x.k, x.v)
-    return tuple(t.unflatten(-1, (-1, dim)) for t in given) if dim else given
+def given_projections(x: Given, layers, dim: int) -> tuple[Tensor, ...]:
+    return tuple(t.unflatten(-1, (-1, dim)) for t in (x.q, x.k, x.v))
 
 
 def given_weight(arm: T.DiffV2, x: Given) -> Tensor:

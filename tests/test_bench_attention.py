@@ -164,7 +164,8 @@ def test_given_is_the_whole_arm(spec):
     docs, window = B.bounds(B.Case("flex", spec), LENGTH, SETTINGS)
     ctx = T.Context(T.dense_mask(docs, window), {}, B.scale)
     want, _ = arm(x, None, ctx)
-    given = B.Given(*T.project(x, [arm.q, arm.k, arm.v], arm.heads), lam)
+    projected = T.project(x, [arm.q, arm.k, arm.v], HEADS[spec][3])
+    given = B.Given(*(t.flatten(-2) for t in projected), lam)
     with B.replaced(B.Case("flex", spec)):
         assert torch.equal(arm(given, None, ctx)[0], want)
 

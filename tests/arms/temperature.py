@@ -14,9 +14,7 @@ class Temperature(T.Arm):
         self.sharp = T.parameter((h,), ("zeros",), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)) for t in T.project(x, [self.q, self.k, self.v])
-        )
+        q, k, v = T.project(x, [self.q, self.k, self.v], self.cfg.head_dim)
         q, k = self.position(q, k, ctx)
         q = q * torch.exp(self.sharp.to(q.dtype))[:, None]
         v = self.mix(v, ve)
