@@ -3998,15 +3998,18 @@ def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.con
 def pair_of(low, high):
     """Two fp32 numbers in e5m2, to nearest, saturating, as the halves of an int16. The machine's
     own instruction, as Triton would compute all before it twice to have its result in two layouts.
+
+    In 32 bits at first: where two 16-bit results were packed for one store and used alone for
+    another, ptxas 12.8 took the second from a register that nothing had written.
     """
     return tl.inline_asm_elementwise(
-        "cvt.rn.satfinite.e5m2x2.f32 $0, $2, $1;",
-        "=h,f,f",
+        "{ .reg .b16 pair; cvt.rn.satfinite.e5m2x2.f32 pair, $2, $1; cvt.u32.u16 $0, pair; }",
+        "=r,f,f",
         [low, high],
-        dtype=tl.int16,
+        dtype=tl.int32,
         is_pure=False,
         pack=1,
-    )
+    ).to(tl.int16)
 
 
 @jit
