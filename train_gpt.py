@@ -863,10 +863,10 @@ def transposed(t: Tensor) -> Tensor:
 class Head:
     """The language-model head with its loss, [N, d] -> nats, in pieces, gradient by hand.
 
-    `weight` [V, d] is the model's own parameter (its .grad must exist). `prepare` casts it once a
-    step. Evaluation is always in the activations' dtype with an fp32 loss. Only what is pointwise
-    or a reduction is compiled, in graphs of their own: fused into the reduction, the transpose of
-    the gradient cost 3 ms a piece (LAB_LOG 2026-11-24).
+    `weight` [V, d] is the model's own parameter. `prepare` casts it once a step. Evaluation is
+    always in the activations' dtype with an fp32 loss. Only what is pointwise or a reduction is
+    compiled, in graphs of their own: fused into the reduction, the transpose of the gradient cost
+    3 ms a piece (LAB_LOG 2026-11-24).
     """
 
     def __init__(
@@ -903,7 +903,7 @@ class Head:
         """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
         (w,) = self._cast
         losses, g = self._grad(h @ w.t(), targets, scale, self.cap, weights)
-        self.weight.grad.add_(g.t() @ h)
+        self.add_to_grad(g.t() @ h)
         return losses, g @ w
 
     def piece_fp8(
@@ -923,8 +923,15 @@ class Head:
             g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         x8t = self._transposed_x(x8)
-        self.weight.grad.add_(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
+        self.add_to_grad(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
         return losses, dh
+
+    def add_to_grad(self, dw: Tensor) -> None:
+        """weight.grad += dw [V, d]; dw becomes it where there is none."""
+        if self.weight.grad is None:
+            self.weight.grad = dw.to(self.weight.dtype)
+        else:
+            self.weight.grad.add_(dw)
 
     @torch.no_grad()
     def backward(
@@ -1970,8 +1977,8 @@ def group_of(name: str, p: nn.Parameter) -> str:
 class Bank:
     """Parameters of one group and matrix shape, behind one flat tensor and one flat gradient.
 
-    `p.data` and `p.grad` become views of them, so a collective needs no copies. Each rank owns one
-    slice: its optimizer state exists there alone.
+    `p.data` become views of the one, so a collective needs no copies; `take` fills the other. Each
+    rank owns one slice: its optimizer state exists there alone.
     """
 
     ALIGN = 64  # elements: Inductor copies inputs that are not aligned
@@ -1994,7 +2001,6 @@ class Bank:
             part = slice(offset, offset + p.numel())
             self.data[part] = p.data.flatten()
             p.data = self.data[part].view(p.shape)
-            p.grad = self.grad[part].view(p.shape)
         own = total // world.size
         part = slice(world.rank * own, (world.rank + 1) * own)
         self.own, self.kept = self.data[part], self.grad[part]
@@ -2011,14 +2017,30 @@ class Bank:
             self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
 
     def clear(self) -> None:
-        self.grad.zero_()
+        for _, p in self.slots.values():
+            p.grad = None
         self.held = False
 
-    def hold(self) -> None:
+    def take(self) -> None:
+        """The parameters' gradients become views of the flat one. What backward left in tensors of
+        its own is copied there: one pass, where zeroing and adding would be two."""
+        views, fresh = [], []
+        for offset, p in self.slots.values():
+            view = self.grad[offset : offset + p.numel()].view(p.shape)
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                views.append(view)
+                fresh.append(p.grad)
+            p.grad = view
+        if fresh:
+            torch._foreach_copy_(views, fresh)
+
+    def hold(self, own: Tensor | None = None) -> None:
         """Leaves the gradient to a later step: of the sum over ranks, each rank its own slice."""
-        if self.world.size > 1:
+        if own is not None or self.world.size > 1:
             self.grad.zero_()
-            self.kept.copy_(self.own_grad)
+            self.kept.copy_(self.own_grad if own is None else own)
         self.held = True
 
     def reset(self) -> None:
@@ -2120,6 +2142,8 @@ class Optimizer:
         the norm or one of them is not finite, `bad` becomes true and stays so: no rank updates
         anything from this step on, and no host waited to find out.
         """
+        for bank in self.banks:
+            bank.take()
         waits = [self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)]
         for wait in waits:
             if wait is not None:
@@ -2138,6 +2162,7 @@ class Optimizer:
             beside.copy_(sums[1:])
         if self.clip:
             factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
+            factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
             torch._foreach_mul_([b.own_grad for b in self.banks], factor)
         gathers = []
         for bank in self.banks:
@@ -2188,8 +2213,8 @@ class Optimizer:
                 n = bank.own.numel() // k
                 own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
                 if key == "grad":
-                    bank.kept.copy_(own)
-                    bank.held = True
+                    bank.take()
+                    bank.hold(own)
                 elif bank.group.kind == "muon":
                     setattr(bank, key, own)
                 else:
@@ -3063,7 +3088,8 @@ class Trainer:
         weights = [n for n, p in params.items() if not p.isfinite().all()]
         # In the order of the way back: the head, blocks from the last, what all of them share.
         way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
-        grads = [n for n in way if not params[n].grad.isfinite().all()]
+        grads = [n for n in way if params[n].grad is not None]
+        grads = [n for n in grads if not params[n].grad.isfinite().all()]
         found = ""
         if weights:
             found = f"the weight {weights[0]} is not finite"

@@ -264,3 +264,11 @@ def own_modules_cache(folder: Path):
         forget()
         yield patch
         forget()
+
+
+def add_gradient(p: torch.Tensor, g: torch.Tensor) -> None:
+    """As backward does: into what is there, or g where there is nothing."""
+    if p.grad is None:
+        p.grad = g.clone()
+    else:
+        p.grad.add_(g)

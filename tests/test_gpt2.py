@@ -201,7 +201,7 @@ def test_updates_are_torchs_adamw(text_data, tmp_path):
     for size in (10.0, 1e-3, 1e-7):  # clipped, not clipped, as small as eps
         for name, p in mine.items():
             grad = torch.randn(p.shape, generator=gen) * size
-            p.grad.copy_(grad * T.LOSS_SCALE)
+            p.grad = grad * T.LOSS_SCALE
             theirs[name].grad = grad
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         adam.step()

@@ -569,7 +569,7 @@ def test_fused_update():
             bank.compile()
         for step in range(4):
             for p, grad in zip(model.parameters(), grads, strict=True):
-                p.grad.copy_(grad.roll(step, 0))
+                p.grad = grad.roll(step, 0)
             with no_recompile() if compiled and step else contextlib.nullcontext():
                 opt.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
         ends.append([p.detach().clone() for p in model.parameters()])

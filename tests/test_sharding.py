@@ -48,7 +48,7 @@ def optimize(ranks: list[int], world: T.World, clip: float) -> dict:
     for step in range(3):
         for name, p in model.named_parameters():
             for rank in ranks:
-                p.grad.add_(gradient(name, p.shape, step, rank))
+                H.add_gradient(p, gradient(name, p.shape, step, rank))
         norms.append(opt.step(1.0 - 0.1 * step, 0.9))
     return {
         "params": {n: p.detach().clone() for n, p in model.named_parameters()},
