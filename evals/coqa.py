@@ -13,6 +13,7 @@ for which it writes a task for the Harness.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -26,7 +27,7 @@ import torch
 import transformers
 
 import train_gpt as T
-from evals import coqa_score, export, task
+from evals import coqa_score, export, memory, task
 from evals.task import Document, Scores, Task, Words
 from variants import gpt2
 
@@ -196,7 +197,7 @@ def rows_at_once(model: transformers.PreTrainedModel, tokens: int) -> int:
     if device.type != "cuda":
         return max(1, CPU_BATCH_TOKENS // tokens)
     row = tokens * (GPU_TOKEN_BYTES + tokens * pair_bytes(model))
-    return max(1, torch.cuda.get_device_properties(device).total_memory // row)
+    return max(1, memory.share_of(device) // row)
 
 
 def answers(
@@ -226,29 +227,40 @@ def write_on(
     most: int,
 ) -> list[np.ndarray]:
     """Up to `most` tokens after each prompt and what was said to it, end-of-text after an answer's
-    end. Prompts of similar length share a batch, padded on the left."""
+    end. Prompts of similar length share a batch, padded on the left; a batch that does not fit, as
+    something else is on the card, is halved."""
     shown = [np.append(prompt, before) for prompt, before in zip(prompts, said)]
     begun = [any(words.pieces[i].strip() for i in before) for before in said]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i]), reverse=True)
-    out, device, done = [np.zeros(0, np.int64)] * len(shown), model.device, 0
+    out, device, done, parts = [np.zeros(0, np.int64)] * len(shown), model.device, 0, 1
     while done < len(order):
         longest = len(shown[order[done]])
-        some = order[done : done + rows_at_once(model, longest + most)]
+        rows = max(1, rows_at_once(model, longest + most) // parts)
+        some = order[done : done + rows]
         ids = torch.full((len(some), longest), words.eot)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(some):
             ids[row, longest - len(shown[i]) :] = torch.from_numpy(shown[i])
             mask[row, longest - len(shown[i]) :] = 1
         stop = FirstLine(words, torch.tensor([begun[i] for i in some], device=device))
-        new = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            max_new_tokens=most,
-            eos_token_id=words.eot,
-            pad_token_id=words.eot,
-            stopping_criteria=[stop],
-        )
+        new = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            new = model.generate(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                do_sample=False,
+                max_new_tokens=most,
+                eos_token_id=words.eot,
+                pad_token_id=words.eot,
+                stopping_criteria=[stop],
+            )
+        if new is None:
+            torch.cuda.empty_cache()
+            if len(some) == 1:
+                raise torch.OutOfMemoryError(f"one prompt of {longest} tokens does not fit")
+            parts *= 2
+            print(f"out of GPU memory: {len(some) // 2} rows at once from here", file=sys.stderr)
+            continue
         for i, tokens in zip(some, new[:, longest:].cpu().numpy()):
             out[i] = tokens
         done += len(some)

@@ -475,7 +475,7 @@ def said_of(e: BaseException) -> tuple[int, str]:
     if isinstance(e, T.NonFinite):
         return T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
     if isinstance(e, torch.OutOfMemoryError):
-        return T.EXIT_CODES["memory"], "out of GPU memory"
+        return T.EXIT_CODES["memory"], "out of GPU memory: is something else on this card?"
     return INTERRUPTED, "interrupted; finished seeds are in their run folders"
 
 

@@ -41,7 +41,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import shards
-from evals import harness, sample
+from evals import harness, memory, sample
 from records import logs
 
 SCHEMA = 1
@@ -413,6 +413,10 @@ class Runner:
         self.waiting = [job for job in jobs_of(args) if not job.file.is_file()]
         self.running: list[Running] = []
         self.failed: list[Job] = []
+        self.again: set[str] = set()  # had no memory beside others, and get a card of their own
+
+    def alone(self, job: Job) -> bool:
+        return job.stage.alone or job.name in self.again
 
     def place(self, job: Job) -> str:
         """The device of a checkpoint: all its stages are on one."""
@@ -421,8 +425,8 @@ class Runner:
 
     def may_start(self, job: Job) -> bool:
         beside = [other.job for other in self.running if other.place == self.place(job)]
-        free = len(beside) < self.args.at_once and not any(o.stage.alone for o in beside)
-        return job.ready and free and not (job.stage.alone and beside)
+        free = len(beside) < self.args.at_once and not any(map(self.alone, beside))
+        return job.ready and free and not (self.alone(job) and beside)
 
     def command(self, job: Job) -> list[str]:
         """A stage's process."""
@@ -442,6 +446,7 @@ class Runner:
             "TMPDIR": str(scratch),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "PYTHONUNBUFFERED": "1",
+            memory.SHARERS: str(1 if self.alone(job) else self.args.at_once),
         }
         if self.place(job):
             env["CUDA_VISIBLE_DEVICES"] = self.place(job)
@@ -468,6 +473,11 @@ class Runner:
                 continue
             if code is None:
                 end(one.process)
+            if code == T.EXIT_CODES["memory"] and not self.alone(one.job):
+                self.again.add(one.job.name)
+                self.waiting.insert(0, one.job)
+                self.say(one.job, "out of memory, so once more with nothing beside it")
+                continue
             why = f"exit code {code}" if code is not None else f"stopped after {seconds:.0f} s"
             self.failed.append(one.job)
             self.say(one.job, f"FAILED, {why}; {one.job.log} ends with\n{tail(one.job.log)}")

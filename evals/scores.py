@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import train_gpt as T
-from evals import bits
+from evals import bits, memory
 from evals.configuration_nca import NCAConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -119,8 +119,8 @@ class LM(HFLM):
         """Tokens of an `auto` batch."""
         if self.device.type != "cuda":
             return CPU_TOKENS
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return int(SHARE * memory / LOGIT_BYTES / self.model.config.vocab_size)
+        share = SHARE * memory.share_of(self.device)
+        return int(share / LOGIT_BYTES / self.model.config.vocab_size)
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence) -> int:
         """Rows of the batch that request `pos` is in; the harness asks for one after the other, the

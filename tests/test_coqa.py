@@ -388,6 +388,31 @@ def test_rows_at_once(monkeypatch):
         assert coqa.rows_at_once(plain, length) == memory // (200_000 * length)
         row = 200_000 * length + coqa.SELECTOR_BYTES * length**2
         assert coqa.rows_at_once(selective, length) == memory // row
+        monkeypatch.setenv("NCA_GPU_SHARERS", "3")
+        assert coqa.rows_at_once(plain, length) == max(1, memory // 3 // (200_000 * length))
+        monkeypatch.delenv("NCA_GPU_SHARERS")
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
+    """The answers are those of a card with room for all; one row that does not fit is an error."""
+    model, words = built("softmax"), WORDS
+    prompts = [np.arange(5 + i, dtype=np.int32) for i in range(6)]
+    none = [np.zeros(0, np.int32)] * len(prompts)
+    want = coqa.write_on(model, words, prompts, none, 4)
+    generate, most = model.generate, 2
+
+    def small(ids, **kwargs):
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("no room")
+        return generate(ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", small)
+    got = coqa.write_on(model, words, prompts, none, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert "3 rows at once" in capsys.readouterr().err
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError, match="one prompt of"):
+        coqa.write_on(model, words, prompts, none, 4)
 
 
 def test_a_line_ends_after_something_visible():

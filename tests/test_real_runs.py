@@ -464,6 +464,17 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(args, capsys):
     assert Stub(args, {}).run() == real_runs.DONE  # again: what is missing
 
 
+def test_a_stage_without_memory_runs_once_more_alone(args, capsys):
+    runner = Stub(args, {"softmax_s0/csqa": "raise SystemExit(5)"})
+    assert runner.run() == real_runs.FAILED
+    tries = [beside for name, beside in runner.begun if name == "softmax_s0/csqa"]
+    assert len(tries) == 2
+    assert not any(name.startswith("softmax_s0/") for name in tries[1])
+    said = capsys.readouterr().out
+    assert "softmax_s0/csqa: out of memory, so once more" in said
+    assert "softmax_s0/csqa: FAILED, exit code 5" in said
+
+
 def test_time_is_up_and_a_stage_that_hangs(args, monkeypatch):
     hangs = {"softmax_s0/train": "import time; time.sleep(600)"}
     args.minutes = 0.02
