@@ -166,7 +166,7 @@ def test_hash_chain(run, tmp_path):
 def test_reset_equals_a_fresh_process(text_data, tmp_path, arm):
     """After a run with other seeds, reset gives to the bit what a new process gives."""
     fresh = {"arm": arm, "seed": 5, "data_seed": 2}
-    done = H.run_script(H.tiny_argv(text_data, tmp_path, run_id="fresh", **fresh))
+    done = H.run_forked(H.tiny_argv(text_data, tmp_path, run_id="fresh", **fresh))
     assert done.returncode == 0, done.stderr
     trainer = T.Trainer(H.tiny(text_data, tmp_path, arm=arm, seed=1, run_id="first"))
     trainer.run()
@@ -395,7 +395,7 @@ def test_the_same_seed_gives_the_same_run_and_deterministic_mode_too(text_data, 
     argv = [H.tiny_argv(text_data, tmp_path, run_id=name) for name in ("a", "b")]
     T.train(H.tiny(text_data, tmp_path, run_id="here"))
     for words in (argv[0], [*argv[1], "--deterministic"]):
-        done = H.run_script(words)
+        done = H.run_forked(words)
         assert done.returncode == 0, done.stderr
     assert H.losses(tmp_path / "a") == H.losses(tmp_path / "here") == H.losses(tmp_path / "b")
     assert H.read_log(tmp_path / "b", "header")[0]["config"]["deterministic"] is True
