@@ -16,11 +16,11 @@ T = H.T
 
 # ---- does it learn? -----------------------------------------------------------------------------
 
-# 2 blocks of width 96, 128 bytes of context: below the bigram after some 70k tokens, in 5 s.
+# 2 blocks of width 96, 128 bytes of context: below the bigram after some 50k tokens.
 LEARN = {
     **{"n_layer": 2, "d_model": 96, "n_head": 4, "head_dim": 32, "long_layers": (0, 1)},
-    **{"backout": 0, "row_tokens": 128, "micro_batch_tokens": 1024},
-    **{"stages": (T.Stage(1.0, 1024, 1.0, (128, 128)),), "tokens": 96 * 1024, "data_seed": 1},
+    **{"backout": 0, "row_tokens": 128, "micro_batch_tokens": 512},
+    **{"stages": (T.Stage(1.0, 512, 1.0, (128, 128)),), "tokens": 112 * 512, "data_seed": 1},
     **{"matrix_lr": 0.05, "embed_lr": 0.1, "momentum_warmup": 50, "looks": 0},
     **{"val_row_tokens": 128, "val_call_tokens": 8192, "val_tokens": 10**6, "dev_tokens": 2048},
 }
