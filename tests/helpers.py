@@ -9,10 +9,14 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +212,128 @@ def run_script(argv: list[str], env: dict | None = None, **kwargs) -> subprocess
     )
 
 
+# ---- processes ----------------------------------------------------------------------------------
+
+# What they are forks of has imported these, and done nothing else.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "train_gpt", "torch._dynamo", "torch.distributed.run"]
+)
+
+
+class Forked:
+    """A Python script or module in a process of its own, with the part of subprocess.Popen that
+    tests use. It is not started by exec but a fork, which saves the 6 s of CPU that importing torch
+    and its compiler's front end takes. Where the start itself is what is tested, use Popen."""
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdin=None,
+        stdout=None,
+        stderr=None,
+        env: dict | None = None,
+        start_new_session: bool = False,
+        pass_fds: tuple[int, ...] = (),
+    ):
+        """command: [sys.executable, FILE or -m MODULE, argument, ...]. A file of `pass_fds` stays
+        open, by another number. None for a stream is the one of this process."""
+        assert command[0] == sys.executable
+        theirs, self.stdin, self.stdout = [], None, None
+        if stdin == subprocess.PIPE:
+            stdin, ours = os.pipe()
+            theirs.append(stdin)
+            self.stdin = os.fdopen(ours, "wb")
+        if stdout == subprocess.PIPE:
+            ours, stdout = os.pipe()
+            theirs.append(stdout)
+            self.stdout = os.fdopen(ours, "rb")
+        if stderr == subprocess.STDOUT:
+            stderr = stdout
+        streams = [
+            n if s is None else s if isinstance(s, int) else s.fileno()
+            for n, s in enumerate((stdin, stdout, stderr))
+        ]
+        fds = _Fds([*streams, *pass_fds])
+        env = dict(os.environ if env is None else env)
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_script, args=(command[1:], fds, env, start_new_session)
+        )
+        self.process.start()
+        self.pid = self.process.pid
+        for fd in theirs:
+            os.close(fd)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_forked(
+    argv: list[str], script: Path = ROOT / "train_gpt.py"
+) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGV`, forked."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        command = [sys.executable, str(script), *argv]
+        process = Forked(command, stdout=out, stderr=err)
+        try:
+            code = process.wait(240)
+        finally:
+            process.kill()
+        texts = [f.seek(0) or f.read() for f in (out, err)]
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+class _Fds(list):
+    """Numbers of open files, which travel to the process that they are pickled for."""
+
+    def __reduce__(self):
+        return _arrived, ([DupFd(fd) for fd in self],)
+
+
+def _arrived(fds: list) -> list[int]:
+    return [fd.detach() for fd in fds]
+
+
+def _script(command: list[str], fds: list[int], env: dict, start_new_session: bool) -> None:
+    """What Python does with `command` where it starts."""
+    if start_new_session:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    for number, fd in enumerate(fds[:3]):
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
+
+
 # ---- ranks --------------------------------------------------------------------------------------
 
 
@@ -227,10 +353,9 @@ def _rank(rank: int, size: int, port: int, work, folder: str, args: tuple) -> No
 
 
 def on_ranks(size: int, work, folder: Path, *args) -> list:
-    """What `work(*args)`, a function of a module, returns on each of `size` gloo processes. They
-    are forks of a process that has imported torch, and done nothing else, once for all."""
+    """What `work(*args)`, a function of a module, returns on each of `size` gloo processes, forked
+    as above."""
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.set_forkserver_preload(["torch.nn.attention.flex_attention"])
     for attempt in range(3):
         try:
             torch.multiprocessing.start_processes(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import helpers as H
@@ -51,6 +52,7 @@ def refusal(main, argv: list, place: Path, capsys, monkeypatch) -> str:
     """What `main` says as it refuses `argv`, run in an empty folder of `place`."""
     (place / "cwd").mkdir(exist_ok=True)
     monkeypatch.chdir(place / "cwd")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's cache of a loaded arm
     before = listing(place)
     capsys.readouterr()
     assert main([str(a) for a in argv]) == 2

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 
 import helpers as H
@@ -123,7 +122,6 @@ def test_garbage_after_the_checkpoint_is_cut_off(whole, text_data, tmp_path):
 # A process of its own (whose torch generator starts elsewhere than pytest's, hence "rng" below).
 CHILD = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import torch
 import train_gpt as T
 torch.set_num_threads(1)
@@ -141,12 +139,9 @@ def argv_of(data, out, **changes) -> list[str]:
 
 
 def run_child(which: str, data, out, **changes) -> subprocess.CompletedProcess:
-    code = CHILD.format(root=str(H.ROOT), signal=which)
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv_of(data, out, **changes)],
-        **{"capture_output": True, "text": True, "timeout": 240},
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    file = out / "child.py"
+    file.write_text(CHILD.format(signal=which))
+    return H.run_forked(argv_of(data, out, **changes), file)
 
 
 def test_sigterm_saves_and_exits_75(whole, text_data, tmp_path):

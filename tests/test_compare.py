@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers as H
 import pytest
@@ -77,6 +78,16 @@ def arms(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("arms") / "mine.py"
     path.write_text(USER_ARMS)
     return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers():
+    """Workers that this process starts are forks. Those of `records/compare.py` in a process of its
+    own start as a user's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        popen = {**vars(subprocess), "Popen": H.Forked}
+        patch.setattr(compare, "subprocess", SimpleNamespace(**popen))
+        yield
 
 
 def flags_of(data: Path, **changes) -> list[str]:
@@ -316,6 +327,7 @@ def test_a_kill_in_mid_block(text_data, arms, tmp_path, monkeypatch, capsys):
 
 def test_workers_hold_the_lock(text_data, tmp_path, monkeypatch):
     """A successor waits for the workers of a killed compare, too."""
+    monkeypatch.setattr(compare, "subprocess", subprocess)  # a start hands the lock on
     out = tmp_path / "out"
     with folder.locked(out) as lock:
         one = compare.Worker("softmax", comparison_of(text_data, "softmax"), out, lock)

@@ -7,10 +7,8 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -309,10 +307,9 @@ def test_sigterm_saves_the_best_look(base, data, tmp_path):
     out = tmp_path / "out"
     script = str(H.ROOT / "evals" / "finetune.py")
     words = ["csqa", str(base), "--task-data", str(data), "--out", str(out), "--epochs", "200"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, script, *words, "--device", "cpu"], stdout=said, stderr=said, env=env
+        process = H.Forked(
+            [sys.executable, script, *words, "--device", "cpu"], stdout=said, stderr=said
         )
     try:
         log, until = out / "csqa_cloze_s0" / "run.jsonl", time.monotonic() + 200

@@ -21,17 +21,23 @@ pytestmark = pytest.mark.slow
 GUARD_S = 180  # far beyond what anything here takes: what is still there then, hangs
 
 
-def torchrun(launch: list[str], argv: list[str], say: Path) -> subprocess.Popen:
-    """`torchrun LAUNCH train_gpt.py ARGV`; all that it prints goes to the file `say`."""
+Node = subprocess.Popen | H.Forked
+
+
+def torchrun(launch: list[str], argv: list[str], say: Path, fork: bool = False) -> Node:
+    """`torchrun LAUNCH train_gpt.py ARGV`; all that it prints goes to the file `say`. With `fork`,
+    torchrun and its ranks are forks that need not import torch."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "--max-restarts", "0"]
+    if fork:
+        command += ["--run-path", "--start-method", "fork"]
     with say.open("w") as out:
-        return subprocess.Popen(
+        return (H.Forked if fork else subprocess.Popen)(
             [*command, str(H.ROOT / "train_gpt.py"), *argv], env=env, stdout=out, stderr=out
         )
 
 
-def two_nodes(folder: Path, data: Path, **changes) -> list[subprocess.Popen]:
+def two_nodes(folder: Path, data: Path, fork: bool = False, **changes) -> list[Node]:
     """Two launchers that meet at one address; each has an --out of its own, as without a shared
     disk."""
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{H.free_port()}"]
@@ -39,7 +45,7 @@ def two_nodes(folder: Path, data: Path, **changes) -> list[subprocess.Popen]:
     nodes = []
     for i in range(2):
         argv = H.tiny_argv(data, folder / f"disk{i}", run_id="r", **changes)
-        nodes.append(torchrun(launch, argv, folder / f"node{i}.txt"))
+        nodes.append(torchrun(launch, argv, folder / f"node{i}.txt", fork))
     return nodes
 
 
@@ -52,7 +58,7 @@ def family(pid: int) -> list[int]:
     return [pid, *below]
 
 
-def kill(node: subprocess.Popen) -> None:
+def kill(node: Node) -> None:
     """As when its power is cut: launcher and worker at once, without a word."""
     for pid in family(node.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -61,7 +67,7 @@ def kill(node: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def ended(nodes: list[subprocess.Popen]):
+def ended(nodes: list[Node]):
     """Leaves none of them behind, whatever a test finds."""
     try:
         yield nodes
@@ -81,9 +87,9 @@ def test_two_nodes_are_one_node_with_two_processes(text_data, tmp_path):
     (tmp_path / "one").mkdir()
     argv = H.tiny_argv(text_data, tmp_path / "one", run_id="r", arm="diff_v2", save_final=True)
     launch = ["--standalone", "--nproc-per-node", "2"]
-    with ended([torchrun(launch, argv, tmp_path / "one.txt")]) as (one,):
+    with ended([torchrun(launch, argv, tmp_path / "one.txt", fork=True)]) as (one,):
         assert one.wait(GUARD_S) == 0, (tmp_path / "one.txt").read_text()
-    with ended(two_nodes(tmp_path, text_data, arm="diff_v2", save_final=True)) as nodes:
+    with ended(two_nodes(tmp_path, text_data, True, arm="diff_v2", save_final=True)) as nodes:
         codes = [node.wait(GUARD_S) for node in nodes]
     assert codes == [0, 0], [(tmp_path / f"node{i}.txt").read_text() for i in range(2)]
     a, b = tmp_path / "one" / "r", run_of(tmp_path)

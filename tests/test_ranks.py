@@ -71,23 +71,27 @@ def note(kind, record_property):
     return add
 
 
-def start(fault: str, data, place, *launch: str, kind: Kind = GLOO, **changes):
-    """`torchrun LAUNCH tests/faults.py FAULT ...` with two ranks; its output in PLACE/said."""
+def start(fault: str, data, place, *launch: str, kind: Kind = GLOO, fork: bool = True, **changes):
+    """`torchrun LAUNCH tests/faults.py FAULT ...` with two ranks; its output in PLACE/said. With
+    gloo and `fork`, torchrun and its ranks are forks that need not import torch."""
     place.mkdir(exist_ok=True)
+    fork = fork and kind is GLOO
     base = {"run_id": "r", "save_every": 2, "keep": 20, "looks": 0, **kind.changes}
     argv = H.tiny_argv(data, changes.pop("out", place), **{**base, **changes})
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launch]
+    if fork:
+        words += ["--run-path", "--start-method", "fork"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if kind is GLOO:
         env["GLOO_SOCKET_IFNAME"] = "lo"
     with (place / "said").open("w") as said:
-        return subprocess.Popen(
+        return (H.Forked if fork else subprocess.Popen)(
             [sys.executable, *words, str(H.ROOT / "tests" / "faults.py"), fault, *argv],
             **{"stdout": said, "stderr": subprocess.STDOUT, "env": env},
         )
 
 
-def ended(process: subprocess.Popen, out) -> dict:
+def ended(process: H.Forked | subprocess.Popen, out) -> dict:
     """Waits for the whole job; RUN/exit.json."""
     try:
         process.wait(GUARD)
@@ -99,8 +103,8 @@ def ended(process: subprocess.Popen, out) -> dict:
     return json.loads(file.read_text())
 
 
-def run(fault: str, data, out, *launch: str, kind: Kind = GLOO, **changes) -> dict:
-    return ended(start(fault, data, out, *launch, kind=kind, **changes), out)
+def run(fault: str, data, out, *launch: str, **how) -> dict:
+    return ended(start(fault, data, out, *launch, **how), out)
 
 
 def since(out) -> float:
@@ -160,7 +164,7 @@ def test_a_nan_on_one_rank_stops_both_with_the_weights_before(
 @EVERYWHERE
 def test_a_killed_rank_ends_the_job_with_4(kind, note, text_data, tmp_path):
     """gloo notices at once; over NCCL torchrun's SIGTERM does it, before its SIGKILL."""
-    said = run("kill", text_data, tmp_path, kind=kind)
+    said = run("kill", text_data, tmp_path, kind=kind, fork=False)
     took = since(tmp_path)
     note("kill -9 of rank 1", said, took)
     assert said["code"] == 4
@@ -185,7 +189,7 @@ def test_a_killed_rank_comes_back_from_the_last_checkpoint(kind, calm, note, tex
 @pytest.mark.slow
 def test_ranks_that_wait_outside_python_say_so_in_time(text_data, tmp_path):
     """NCCL's way to wait: after a signal, rank 0 still writes the 4 before torchrun kills it."""
-    process = start("deaf", text_data, tmp_path)
+    process = start("deaf", text_data, tmp_path, fork=False)
     deadline = time.monotonic() + GUARD
     while time.monotonic() < deadline and not (tmp_path / "fault").exists():
         time.sleep(0.05)

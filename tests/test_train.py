@@ -16,11 +16,11 @@ T = H.T
 
 # ---- does it learn? -----------------------------------------------------------------------------
 
-# 2 blocks of width 96, 128 bytes of context: below the bigram after some 70k tokens, in 5 s.
+# 2 blocks of width 96, 128 bytes of context: below the bigram after some 50k tokens.
 LEARN = {
     **{"n_layer": 2, "d_model": 96, "n_head": 4, "head_dim": 32, "long_layers": (0, 1)},
-    **{"backout": 0, "row_tokens": 128, "micro_batch_tokens": 1024},
-    **{"stages": (T.Stage(1.0, 1024, 1.0, (128, 128)),), "tokens": 96 * 1024, "data_seed": 1},
+    **{"backout": 0, "row_tokens": 128, "micro_batch_tokens": 512},
+    **{"stages": (T.Stage(1.0, 512, 1.0, (128, 128)),), "tokens": 112 * 512, "data_seed": 1},
     **{"matrix_lr": 0.05, "embed_lr": 0.1, "momentum_warmup": 50, "looks": 0},
     **{"val_row_tokens": 128, "val_call_tokens": 8192, "val_tokens": 10**6, "dev_tokens": 2048},
 }
@@ -166,7 +166,7 @@ def test_hash_chain(run, tmp_path):
 def test_reset_equals_a_fresh_process(text_data, tmp_path, arm):
     """After a run with other seeds, reset gives to the bit what a new process gives."""
     fresh = {"arm": arm, "seed": 5, "data_seed": 2}
-    done = H.run_script(H.tiny_argv(text_data, tmp_path, run_id="fresh", **fresh))
+    done = H.run_forked(H.tiny_argv(text_data, tmp_path, run_id="fresh", **fresh))
     assert done.returncode == 0, done.stderr
     trainer = T.Trainer(H.tiny(text_data, tmp_path, arm=arm, seed=1, run_id="first"))
     trainer.run()
@@ -395,7 +395,7 @@ def test_the_same_seed_gives_the_same_run_and_deterministic_mode_too(text_data, 
     argv = [H.tiny_argv(text_data, tmp_path, run_id=name) for name in ("a", "b")]
     T.train(H.tiny(text_data, tmp_path, run_id="here"))
     for words in (argv[0], [*argv[1], "--deterministic"]):
-        done = H.run_script(words)
+        done = H.run_forked(words)
         assert done.returncode == 0, done.stderr
     assert H.losses(tmp_path / "a") == H.losses(tmp_path / "here") == H.losses(tmp_path / "b")
     assert H.read_log(tmp_path / "b", "header")[0]["config"]["deterministic"] is True
