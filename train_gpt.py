@@ -1977,8 +1977,8 @@ def group_of(name: str, p: nn.Parameter) -> str:
 class Bank:
     """Parameters of one group and matrix shape, behind one flat tensor and one flat gradient.
 
-    `p.data` become views of the one, so a collective needs no copies; `take` fills the other. Each
-    rank owns one slice: its optimizer state exists there alone.
+    `p.data` are views of the first, so a collective needs no copies; `take` brings what backward
+    left into the second. Each rank owns one slice: its optimizer state exists there alone.
     """
 
     ALIGN = 64  # elements: Inductor copies inputs that are not aligned
