@@ -13,7 +13,6 @@ for which it writes a task for the Harness.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -34,8 +33,8 @@ from variants import gpt2
 SPLITS = ("train_partial", "train", "dev400")
 ANSWER_TOKENS = 64  # a longer line is cut; the longest human answer of dev has 45 (GPT-2 tokens)
 FIRST_TOKENS = 16  # by then most answers have ended; only the others are asked for more
-# Prompts and answers in the cache at once; on a GPU, as many as its memory has of these bytes, of
-# which a token's keys and values (12 layers of 768) are a fifth.
+# Prompts and answers in the cache at once; on a GPU, as many as this process may still take of its
+# memory in these bytes, of which a token's keys and values (12 layers of 768) are a fifth.
 CPU_BATCH_TOKENS, GPU_TOKEN_BYTES = 8192, 200_000
 # Bytes of each pair of a row's tokens, in the layer that makes most of them at once: for a selector
 # 13 were counted, for a head with a mask of its own 4, and on a GPU up to 4 of its mask's copies.
@@ -197,7 +196,7 @@ def rows_at_once(model: transformers.PreTrainedModel, tokens: int) -> int:
     if device.type != "cuda":
         return max(1, CPU_BATCH_TOKENS // tokens)
     row = tokens * (GPU_TOKEN_BYTES + tokens * pair_bytes(model))
-    return max(1, memory.share_of(device) // row)
+    return max(1, (memory.allowed(device) - torch.cuda.memory_allocated(device)) // row)
 
 
 def answers(
@@ -227,44 +226,37 @@ def write_on(
     most: int,
 ) -> list[np.ndarray]:
     """Up to `most` tokens after each prompt and what was said to it, end-of-text after an answer's
-    end. Prompts of similar length share a batch, padded on the left; a batch that does not fit, as
-    something else is on the card, is halved."""
+    end. Prompts of similar length share a batch, padded on the left."""
     shown = [np.append(prompt, before) for prompt, before in zip(prompts, said)]
     begun = [any(words.pieces[i].strip() for i in before) for before in said]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i]), reverse=True)
-    out, device, done, parts = [np.zeros(0, np.int64)] * len(shown), model.device, 0, 1
-    while done < len(order):
-        longest = len(shown[order[done]])
-        rows = max(1, rows_at_once(model, longest + most) // parts)
-        some = order[done : done + rows]
+    out, device = [np.zeros(0, np.int64)] * len(shown), model.device
+
+    def write_batch(first: int, past: int) -> None:
+        some, longest = order[first:past], len(shown[order[first]])
         ids = torch.full((len(some), longest), words.eot)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(some):
             ids[row, longest - len(shown[i]) :] = torch.from_numpy(shown[i])
             mask[row, longest - len(shown[i]) :] = 1
         stop = FirstLine(words, torch.tensor([begun[i] for i in some], device=device))
-        new = None
-        with contextlib.suppress(torch.OutOfMemoryError):
-            new = model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                do_sample=False,
-                max_new_tokens=most,
-                eos_token_id=words.eot,
-                pad_token_id=words.eot,
-                stopping_criteria=[stop],
-            )
-        if new is None:
-            torch.cuda.empty_cache()
-            if len(some) == 1:
-                raise torch.OutOfMemoryError(f"one prompt of {longest} tokens does not fit")
-            parts *= 2
-            print(f"out of GPU memory: {len(some) // 2} rows at once from here", file=sys.stderr)
-            continue
+        new = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=most,
+            eos_token_id=words.eot,
+            pad_token_id=words.eot,
+            stopping_criteria=[stop],
+        )
         for i, tokens in zip(some, new[:, longest:].cpu().numpy()):
             out[i] = tokens
-        done += len(some)
-        progress(done, len(order))
+        progress(past, len(order))
+
+    def rows(first: int) -> int:
+        return rows_at_once(model, len(shown[order[first]]) + most)
+
+    memory.in_batches(len(order), rows, write_batch)
     return out
 
 

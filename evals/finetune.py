@@ -46,7 +46,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import shards
-from evals import coqa, csqa, export, sample
+from evals import coqa, csqa, export, memory, sample
 from evals.task import Document, Scores, Task, Words, batch_of, lineage, pack, size
 from records import logs
 from records.demo import Tenths
@@ -123,6 +123,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
     tokens, row = task.rows * task.row, task.row
     have = sum(map(size, task.units))
     lr = args.lr or LR.get(start.meta["config"]["preset"], USUAL_LR)
+    call = args.micro_batch_tokens or CALL_TOKENS[args.device]
     looks = min(20, steps, LOOKS_AN_EPOCH * (args.epochs or task.epochs))
     changes = {
         "stages": (T.Stage(1.0, tokens, lr, (start.window, start.window)),),
@@ -130,8 +131,8 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"warmup": WARMUP, "cooldown": 1 - WARMUP, "lr_floor": 0.0, "ext_window": 0},
         **{"momentum_warmup": 0, "momentum_cooldown": 0, "untie": 0.0},
         **{"data": str(args.out / "tokens" / task.name), "dev": "", "row_tokens": row},
-        **{"micro_batch_tokens": CALL_TOKENS[args.device], "val_row_tokens": row},
-        **{"val_call_tokens": row * max(1, CALL_TOKENS[args.device] // row)},
+        **{"micro_batch_tokens": call, "val_row_tokens": row},
+        **{"val_call_tokens": row * max(1, call // row)},
         **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
         # Kernels of the pretraining machine: nothing is compiled here, and rows are short.
         **{"attention": "flex", "mlp_kernel": False, "loss_kernel": False},
@@ -272,6 +273,12 @@ class Tuning:
         said |= {"tainted": list(self.task.tainted), "start": self.start.as_json, "seed": seed}
         return {**said, "epochs": self.epochs, "lr": self.cfg.schedule.stages[0].lr}
 
+    @property
+    def smaller(self) -> str:
+        """The one flag to change when the loop's memory is out; "" where no call is smaller."""
+        rows, row = self.trainer.call_shape(self.trainer.steps[0].tokens)
+        return f"--micro-batch-tokens {rows // 2 * row}" if rows > 1 else ""
+
     def run(self, seed: int) -> dict:
         """Trains with this seed and scores the best look; its figures, for result.json. Writes
         RUN/items.json. NonFinite as the loop; whatever ends it, the best look so far is saved."""
@@ -283,6 +290,8 @@ class Tuning:
             with contextlib.redirect_stdout(Tenths(sys.stdout)):
                 trainer.run()
         except ENDS as e:
+            if isinstance(e, torch.OutOfMemoryError) and self.smaller:
+                e.add_note(f"run again with {self.smaller}")
             T.write_exit(trainer.folder, [], *said_of(e))
             raise
         finally:
@@ -391,6 +400,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="factor on every learning rate that the checkpoint was trained with (gpt2 0.1, "
         "others 0.05)",
     )
+    call = "of a training call: less takes less memory (GPU 8192, CPU 4096)"
+    add("--micro-batch-tokens", type=int, default=0, metavar="N", help=call)
     add("--split", choices=coqa.SPLITS, default="train_partial", help="coqa: (train_partial)")
     add("--limit", type=int, default=0, metavar="N", help="score the first N alone, to try it out")
     add("--out", default=None, **folder, help="new or empty (runs/TIME_finetune_TASK_RUN)")
@@ -403,8 +414,11 @@ def check(args: argparse.Namespace) -> None:
     """What can be found wrong at once; fills in device and folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise T.InputError("fine-tuning takes minutes on one GPU: start it without torchrun")
-    if args.epochs < 0 or args.limit < 0 or not (math.isfinite(args.lr) and args.lr >= 0):
-        raise T.InputError("--epochs, --limit and --lr are 0 (for the usual) or more")
+    numbers = args.epochs, args.limit, args.lr, args.micro_batch_tokens
+    if not all(math.isfinite(n) and n >= 0 for n in numbers):
+        raise T.InputError(
+            "--epochs, --limit, --lr and --micro-batch-tokens are 0 (for the usual) or more"
+        )
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise T.InputError("--seeds are different numbers, 0 or more")
     if args.split != "train_partial" and args.task != "coqa":
@@ -428,6 +442,7 @@ def finetune(args: argparse.Namespace) -> list[dict]:
     results = []
     for task in tasks:
         results.append(tune(start, task, args))
+        memory.release()  # its trainer is in a cycle with its hooks
         said = {"schema": T.SCHEMA, "start": start.as_json, "lineage": start.lineage}
         said |= {"source_sha256": {p.name: T.sha256(p) for p in sources()}, "results": results}
         (args.out / "result.json").write_text(json.dumps(said, indent=1))
@@ -443,12 +458,14 @@ def tune(start: Start, task: Task, args: argparse.Namespace) -> dict:
     model = start.model(tuning.trainer.cfg.model, task.row, tuning.trainer.dtype).to(device).eval()
     before = task.before(model, start.meta, T.windows(start.window, device))
     del model
+    tuning.trainer.park()  # after scoring, torch keeps many times what training needs
     if before is not None:
         (args.out / f"{task.name}_before.json").write_text(json.dumps(before.items))
         print(f"{task.name} before: {shown(before.figures)}", flush=True)
     seeds = []
     for seed in args.seeds:
         seeds.append(tuning.run(seed))
+        tuning.trainer.park()
         print(f"{task.name} seed {seed}: {shown(seeds[-1]['figures'])}", flush=True)
     result = result_of(tuning, before, seeds)
     print(draw(tuning, result, args.out), flush=True)
@@ -475,7 +492,8 @@ def said_of(e: BaseException) -> tuple[int, str]:
     if isinstance(e, T.NonFinite):
         return T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
     if isinstance(e, torch.OutOfMemoryError):
-        return T.EXIT_CODES["memory"], "out of GPU memory: is something else on this card?"
+        (advice,) = getattr(e, "__notes__", ["free it of other processes: a row alone is too much"])
+        return T.EXIT_CODES["memory"], f"{memory.out(e)}: {advice}"
     return INTERRUPTED, "interrupted; finished seeds are in their run folders"
 
 

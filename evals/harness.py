@@ -34,7 +34,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import doctor, shards
-from evals import sample, score_table, task
+from evals import memory, sample, score_table, task
 
 SCHEMA = 1
 PAPER = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
@@ -267,14 +267,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def smaller(args: argparse.Namespace) -> str:
+    """The one flag to change when memory is out."""
+    if args.batch_size in ("auto", "1"):  # auto has tried single rows
+        return "a smaller --max-length"
+    return f"--batch-size {int(args.batch_size) // 2}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 for bad input, with one sentence."""
+    """Prints the table; 2 for bad input, 5 for want of memory, with one sentence."""
     args = parse(argv)
     try:
         run(args)
     except (T.InputError, shards.InputError) as e:
         print(f"eval: {e}", file=sys.stderr)
-        return 2
+        return T.EXIT_CODES["input"]
+    except torch.OutOfMemoryError as e:
+        print(f"eval: {memory.out(e)}: run again with {smaller(args)}", file=sys.stderr)
+        return T.EXIT_CODES["memory"]
     except KeyboardInterrupt:
         return 130
     return 0

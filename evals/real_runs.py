@@ -9,9 +9,11 @@ and 5-shot (ARC-E, PIQA), fine-tuned on CommonsenseQA and CoQA with several seed
 the tuned task for every seed, LAMBADA and HellaSwag for the first.
 
 A stage is a process of its own that leaves one file, RESULTS/CHECKPOINT/STAGE.json, when it is
-done, and a .log. The same command again does what is missing. Models stay in WORK, which is large
-and need not outlive the sitting; RESULTS is small. A results folder is one sitting: what was
-trained again elsewhere is another checkpoint, if with the same seeds, and gets a folder of its own.
+done, and a .log. The same command again does what is missing. Stages that share a device keep to
+equal parts of its memory; one to which that was too little is tried once more alone. Models stay in
+WORK, which is large and need not outlive the sitting; RESULTS is small. A results folder is one
+sitting: what was trained again elsewhere is another checkpoint, if with the same seeds, and gets a
+folder of its own.
 Options of train_gpt.py go behind `--`.
 """
 
@@ -382,6 +384,7 @@ def run_stage(args: argparse.Namespace) -> int:
         raise T.InputError(f"--stage {args.stage}: there is none of this name")
     harness.go_offline_or_refuse(str(args.tasks_dir))
     T.set_environment()
+    memory.keep_to_share()
     shutil.rmtree(job.folder(), ignore_errors=True)  # of an attempt that did not end
     for folder in (job.folder(), job.file.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -473,10 +476,14 @@ class Runner:
                 continue
             if code is None:
                 end(one.process)
-            if code == T.EXIT_CODES["memory"] and not self.alone(one.job):
+            shared = self.args.at_once > 1 and not self.alone(one.job)
+            if code == T.EXIT_CODES["memory"] and shared:
                 self.again.add(one.job.name)
                 self.waiting.insert(0, one.job)
-                self.say(one.job, "out of memory, so once more with nothing beside it")
+                said = (
+                    f"out of memory, so once more with nothing beside it; {one.job.log} ended with"
+                )
+                self.say(one.job, f"{said}\n{tail(one.job.log)}")
                 continue
             why = f"exit code {code}" if code is not None else f"stopped after {seconds:.0f} s"
             self.failed.append(one.job)
@@ -597,7 +604,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 all is done; 1 a stage failed; 2 bad input, with one sentence; 75 time was up."""
+    """0 all is done; 1 a stage failed; 2 bad input, with one sentence; 5 a stage was out of memory;
+    75 time was up."""
     args, words = parse(argv)
     try:
         check(args)
@@ -611,6 +619,11 @@ def main(argv: list[str] | None = None) -> int:
     except (T.InputError, shards.InputError, logs.BadLog) as e:
         print(f"real_runs: {e}", file=sys.stderr)
         return T.EXIT_CODES["input"]
+    except torch.OutOfMemoryError as e:
+        shared = "run with --at-once 1, for the whole card's memory"
+        advice = shared if memory.sharers() > 1 else "free its GPU of other processes"
+        print(f"real_runs: {memory.out(e)}: {advice}", file=sys.stderr)
+        return T.EXIT_CODES["memory"]
     except KeyboardInterrupt:
         return 130
 

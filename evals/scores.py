@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from evals.configuration_nca import NCAConfig
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # `auto` batches: tokens times vocabulary times LOGIT_BYTES, what the harness and a softcap hold of
-# a call's logits at once, fill this share of the GPU's memory. Other processes may want the rest.
-SHARE, LOGIT_BYTES = 0.2, 20
+# a call's logits at once, fill this share of the GPU's memory, as other processes may want the
+# rest, and of what this process may hold at most that part.
+SHARE, PART, LOGIT_BYTES = 0.2, 0.5, 20
 CPU_TOKENS = 4096
 WRITING = 12  # times as many tokens fit where only the last position has logits, beside the cache
 
@@ -113,14 +114,16 @@ class LM(HFLM):
         self.cut: set[tuple[str, str]] = set()
         self.known: dict[str, list[int]] = {}  # tokens of the texts that are being asked
         self.chunk = 0, 0  # first request of the present batch, and its rows
+        self.halved = 0  # how often memory was out
 
     @property
     def call_tokens(self) -> int:
         """Tokens of an `auto` batch."""
         if self.device.type != "cuda":
-            return CPU_TOKENS
-        share = SHARE * memory.share_of(self.device)
-        return int(share / LOGIT_BYTES / self.model.config.vocab_size)
+            return CPU_TOKENS >> self.halved
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        logits = min(SHARE * total, PART * memory.allowed(self.device))
+        return int(logits / LOGIT_BYTES / self.model.config.vocab_size) >> self.halved
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence) -> int:
         """Rows of the batch that request `pos` is in; the harness asks for one after the other, the
@@ -134,7 +137,22 @@ class LM(HFLM):
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         """Rows of an `auto` batch that writes text: none is longer than max_length."""
-        return max(1, WRITING * self.call_tokens // self.max_length)
+        self.chunk = 0, max(1, WRITING * self.call_tokens // self.max_length)
+        return self.chunk[1]
+
+    def until_it_fits(self, ask: Callable[..., list], *args, **kwargs) -> list:
+        """What `ask` says; where the GPU's memory was out, it is asked again with `auto` batches of
+        half the tokens. OutOfMemoryError where a batch was one row, or its rows were told."""
+        while True:
+            try:
+                return ask(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                if self.batch_size != "auto" or self.chunk[1] <= 1:
+                    raise
+            # Outside of the handler, where the error no longer holds the batch's tensors.
+            self.halved += 1
+            memory.say_halved()
+            memory.release()
 
     def loglikelihood(self, requests, **kwargs):
         """All texts are tokenized in one go: one by one takes longer than asking the model does."""
@@ -164,7 +182,10 @@ class LM(HFLM):
                 )
             if len(context) + len(answer) > self.max_length + 1:
                 self.cut.add(texts)
-        return super()._loglikelihood_tokens(requests, **kwargs)
+        return self.until_it_fits(super()._loglikelihood_tokens, requests, **kwargs)
+
+    def generate_until(self, requests, **kwargs):
+        return self.until_it_fits(super().generate_until, requests, **kwargs)
 
 
 def load_model(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import train_gpt as T
 from data import encode
-from evals import sample
+from evals import memory, sample
 
 OPEN_ROWS = 32  # rows that may still take a document: packing stays linear
 CALL_TOKENS = {"cuda": 32_768, "cpu": 4096}  # of a forward pass while scoring
@@ -159,13 +159,17 @@ def asked_states(
     rows = pack([len(d) for d in documents], row)
     some = max(1, CALL_TOKENS[window.device.type] // row)
     states, targets, order = [], [], []
-    for first in range(0, len(rows), some):
-        part = rows[first : first + some]
+
+    def read(first: int, past: int) -> None:
+        part = rows[first:past]
         batch = batch_of([[documents[i] for i in r] for r in part], row, eot).to(window.device)
         asked = batch.targets >= 0
-        states.append(model(batch.tokens, batch.docs, window)[asked])
-        targets.append(batch.targets[asked])
-        order += [i for r in part for i in r]
+        h, wanted = model(batch.tokens, batch.docs, window)[asked], batch.targets[asked]
+        states.append(h)
+        targets.append(wanted)
+        order.extend(i for r in part for i in r)
+
+    memory.in_batches(len(rows), lambda _: some, read)
     number = np.repeat(order, [(documents[i].targets >= 0).sum() for i in order])
     back = torch.from_numpy(np.argsort(number, kind="stable")).to(window.device)
     return torch.cat(states)[back], torch.cat(targets)[back]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import types
 from pathlib import Path
 
 import helpers as H
@@ -255,6 +256,53 @@ def test_auto_batches_hold_so_many_tokens(monkeypatch):
     again = [*Collator.get_chunks(requests[-5:], fn=lm._batch_scheduler)]  # of another task
     assert [len(chunk) for chunk in again] == [5]
     assert lm._detect_batch_size() == scores.WRITING * 100 // 60
+
+
+def test_auto_batches_keep_to_what_the_process_may_hold(monkeypatch):
+    lm = object.__new__(scores.LM)
+    lm.halved, lm._device = 0, torch.device("cuda")
+    lm._model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=50_000))
+    card = types.SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    for allowed, tokens in ((80, 16_000), (40, 16_000), (20, 10_000)):
+        monkeypatch.setattr(scores.memory, "allowed", lambda _, n=allowed: n * 10**9)
+        assert lm.call_tokens == tokens
+    lm.halved = 2
+    assert lm.call_tokens == 2_500
+
+
+@pytest.mark.parametrize("fault", ["auto", "16"])
+def test_too_big_a_batch_is_asked_again_in_halves(fault, sitting, tmp_path, monkeypatch, capsys):
+    """The results are those of batches that fit; whose rows were told ends with 5 and a flag."""
+    model, generate, rows = scores.LM._model_call, scores.LM._model_generate, []
+
+    def small(self, inps, *args, **kwargs):
+        rows.append(len(inps))
+        if len(inps) > 3:
+            raise torch.OutOfMemoryError("no room. If reserved")
+        return model(self, inps, *args, **kwargs)
+
+    def small_too(self, context, **kwargs):
+        if len(context) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return generate(self, context, **kwargs)
+
+    monkeypatch.setattr(scores.LM, "_model_call", small)
+    monkeypatch.setattr(scores.LM, "_model_generate", small_too)
+    out = tmp_path / "out"
+    argv = sitting.argv(sitting.folder, "--shots", 0, "--batch-size", fault, out=out)
+    if fault != "auto":
+        assert harness.main(argv) == 5
+        said = capsys.readouterr().err
+        assert "eval: out of GPU memory (no room): run again with --batch-size 8" in said
+        return
+    assert harness.main(argv) == 0
+    assert max(rows) > 3 and rows[-1] <= 3
+    for found in json.loads((out / "gpt2-tiny.scores.json").read_text())["results"]:
+        before = sitting.result("gpt2-tiny", found["task"], 0, found["bos"])
+        assert found.get("texts") == before.get("texts")
+        for a, b in zip(found.get("log_likelihoods", []), before.get("log_likelihoods", [])):
+            assert a == pytest.approx(b, abs=1e-3)
 
 
 def test_auto_batches_and_texts_tokenized_at_once_change_nothing(sitting, tmp_path):

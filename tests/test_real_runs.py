@@ -465,14 +465,37 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(args, capsys):
 
 
 def test_a_stage_without_memory_runs_once_more_alone(args, capsys):
-    runner = Stub(args, {"softmax_s0/csqa": "raise SystemExit(5)"})
+    runner = Stub(args, {"softmax_s0/csqa": "print('no room'); raise SystemExit(5)"})
     assert runner.run() == real_runs.FAILED
     tries = [beside for name, beside in runner.begun if name == "softmax_s0/csqa"]
     assert len(tries) == 2
     assert not any(name.startswith("softmax_s0/") for name in tries[1])
     said = capsys.readouterr().out
-    assert "softmax_s0/csqa: out of memory, so once more" in said
+    assert "softmax_s0/csqa: out of memory, so once more" in said and said.count("no room") == 2
     assert "softmax_s0/csqa: FAILED, exit code 5" in said
+
+
+def test_a_stage_that_has_its_card_is_not_tried_again(args):
+    args.at_once = 1
+    runner = Stub(args, {"softmax_s0/zero": "raise SystemExit(5)"})
+    assert runner.run() == real_runs.FAILED
+    assert [name for name, _ in runner.begun].count("softmax_s0/zero") == 1
+
+
+@pytest.mark.parametrize(
+    "sharers, advice", [("1", "free its GPU of other processes"), ("4", "run with --at-once 1")]
+)
+def test_a_stage_without_memory_says_so(sharers, advice, sitting, monkeypatch, capsys):
+    """In the Harness, too: with the exit code that the runner goes by."""
+
+    def ask(*_):
+        raise T.torch.OutOfMemoryError("no room")
+
+    monkeypatch.setenv(real_runs.memory.SHARERS, sharers)
+    monkeypatch.setattr(harness, "go_offline_or_refuse", lambda *_: None)
+    monkeypatch.setitem(real_runs.WORK_OF, "five", ask)
+    assert sitting.main("--stage", "softmax_s0/five") == T.EXIT_CODES["memory"]
+    assert f"real_runs: out of GPU memory (no room): {advice}" in capsys.readouterr().err
 
 
 def test_time_is_up_and_a_stage_that_hangs(args, monkeypatch):
