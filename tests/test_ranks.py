@@ -60,7 +60,7 @@ def kind(request) -> Kind:
 @pytest.fixture
 def note(kind, record_property):
     """note(fault, exit.json, seconds) files what NCCL did, for the table at the end (conftest.py).
-    seconds: to the end of the job, from the fault where a test knows when it was, else all of them."""
+    seconds: to the end of the job, from the fault where its time is known, else all of them."""
 
     def add(fault: str, said: dict, seconds: float) -> None:
         if kind is NCCL:
