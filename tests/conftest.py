@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def text_data(tmp_path_factory) -> Path:
         except OSError:  # the other worker was first
             shutil.rmtree(aside)
     return final
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """What hears signals after a test that calls `main` is not what the next one finds."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
