@@ -1997,10 +1997,12 @@ class Bank:
         device = items[0][1].device
         self.data = torch.zeros(total, device=device)
         self.grad = torch.zeros(total, device=device)
+        self.views: list[tuple[nn.Parameter, Tensor]] = []  # of the flat gradient
         for offset, p in self.slots.values():
             part = slice(offset, offset + p.numel())
             self.data[part] = p.data.flatten()
             p.data = self.data[part].view(p.shape)
+            self.views.append((p, self.grad[part].view(p.shape)))
         own = total // world.size
         part = slice(world.rank * own, (world.rank + 1) * own)
         self.own, self.kept = self.data[part], self.grad[part]
@@ -2017,24 +2019,23 @@ class Bank:
             self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
 
     def clear(self) -> None:
-        for _, p in self.slots.values():
+        for p, _ in self.views:
             p.grad = None
         self.held = False
 
     def take(self) -> None:
         """The parameters' gradients become views of the flat one. What backward left in tensors of
         its own is copied there: one pass, where zeroing and adding would be two."""
-        views, fresh = [], []
-        for offset, p in self.slots.values():
-            view = self.grad[offset : offset + p.numel()].view(p.shape)
+        filled, fresh = [], []
+        for p, view in self.views:
             if p.grad is None:
                 view.zero_()
             elif p.grad.data_ptr() != view.data_ptr():
-                views.append(view)
+                filled.append(view)
                 fresh.append(p.grad)
             p.grad = view
         if fresh:
-            torch._foreach_copy_(views, fresh)
+            torch._foreach_copy_(filled, fresh)
 
     def hold(self, own: Tensor | None = None) -> None:
         """Leaves the gradient to a later step: of the sum over ranks, each rank its own slice."""
@@ -3088,8 +3089,8 @@ class Trainer:
         weights = [n for n, p in params.items() if not p.isfinite().all()]
         # In the order of the way back: the head, blocks from the last, what all of them share.
         way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
-        grads = [n for n in way if params[n].grad is not None]
-        grads = [n for n in grads if not params[n].grad.isfinite().all()]
+        got = {n: params[n].grad for n in way if params[n].grad is not None}
+        grads = [n for n, grad in got.items() if not grad.isfinite().all()]
         found = ""
         if weights:
             found = f"the weight {weights[0]} is not finite"

@@ -169,9 +169,9 @@ class ChoiceHead(T.Head):
         x, w = h[at].float(), self.weight[self.row]
         nats, grad = choice_losses((x @ w).view(-1, CHOICES), targets[at].view(-1, CHOICES))
         grad = (grad * CHOICES * scale).view(-1)
-        dw = torch.zeros_like(self.weight)
-        dw[self.row] = grad @ x
-        self.add_to_grad(dw)
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        self.weight.grad[self.row] += grad @ x
         losses, dh = torch.zeros_like(targets, dtype=torch.float32), torch.zeros_like(h)
         losses[at] = nats.repeat_interleave(CHOICES)
         dh[at] = (grad[:, None] * w).to(h.dtype)

@@ -492,7 +492,8 @@ def said_of(e: BaseException) -> tuple[int, str]:
     if isinstance(e, T.NonFinite):
         return T.EXIT_CODES["non-finite"], f"{e}: try a smaller --lr"
     if isinstance(e, torch.OutOfMemoryError):
-        (advice,) = getattr(e, "__notes__", ["free it of other processes: a row alone is too much"])
+        alone = ["free it of other processes: a row alone is too much"]
+        advice = getattr(e, "__notes__", alone)[-1]
         return T.EXIT_CODES["memory"], f"{memory.out(e)}: {advice}"
     return INTERRUPTED, "interrupted; finished seeds are in their run folders"
 

@@ -287,6 +287,21 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def torchrun(
+    launch: list[str], script: Path, argv: list[str], say: Path, *, fork: bool, gloo: bool = True
+) -> Forked | subprocess.Popen:
+    """`torchrun LAUNCH SCRIPT ARGV`; all that it prints goes to the file `say`. With `fork`,
+    torchrun and its ranks are forks that need not import torch."""
+    words = ["-m", "torch.distributed.run", *launch]
+    if fork:
+        words += ["--run-path", "--start-method", "fork"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if gloo else {})
+    with say.open("w") as out:
+        return (Forked if fork else subprocess.Popen)(
+            [sys.executable, *words, str(script), *argv], stdout=out, stderr=out, env=env
+        )
+
+
 def run_forked(
     argv: list[str], script: Path = ROOT / "train_gpt.py"
 ) -> subprocess.CompletedProcess:

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,16 +24,9 @@ Node = subprocess.Popen | H.Forked
 
 
 def torchrun(launch: list[str], argv: list[str], say: Path, fork: bool = False) -> Node:
-    """`torchrun LAUNCH train_gpt.py ARGV`; all that it prints goes to the file `say`. With `fork`,
-    torchrun and its ranks are forks that need not import torch."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "--max-restarts", "0"]
-    if fork:
-        command += ["--run-path", "--start-method", "fork"]
-    with say.open("w") as out:
-        return (H.Forked if fork else subprocess.Popen)(
-            [*command, str(H.ROOT / "train_gpt.py"), *argv], env=env, stdout=out, stderr=out
-        )
+    """`torchrun LAUNCH train_gpt.py ARGV`, without restarts."""
+    launch = [*launch, "--max-restarts", "0"]
+    return H.torchrun(launch, H.ROOT / "train_gpt.py", argv, say, fork=fork)
 
 
 def two_nodes(folder: Path, data: Path, fork: bool = False, **changes) -> list[Node]:

@@ -6,10 +6,8 @@ ends with a table of what was seen (also as JSON, where FAULTS_JSON names a file
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -72,23 +70,14 @@ def note(kind, record_property):
 
 
 def start(fault: str, data, place, *launch: str, kind: Kind = GLOO, fork: bool = True, **changes):
-    """`torchrun LAUNCH tests/faults.py FAULT ...` with two ranks; its output in PLACE/said. With
-    gloo and `fork`, torchrun and its ranks are forks that need not import torch."""
+    """`torchrun LAUNCH tests/faults.py FAULT ...` with two ranks; its output in PLACE/said. Forks
+    with gloo alone."""
     place.mkdir(exist_ok=True)
-    fork = fork and kind is GLOO
+    gloo = kind is GLOO
     base = {"run_id": "r", "save_every": 2, "keep": 20, "looks": 0, **kind.changes}
     argv = H.tiny_argv(data, changes.pop("out", place), **{**base, **changes})
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launch]
-    if fork:
-        words += ["--run-path", "--start-method", "fork"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if kind is GLOO:
-        env["GLOO_SOCKET_IFNAME"] = "lo"
-    with (place / "said").open("w") as said:
-        return (H.Forked if fork else subprocess.Popen)(
-            [sys.executable, *words, str(H.ROOT / "tests" / "faults.py"), fault, *argv],
-            **{"stdout": said, "stderr": subprocess.STDOUT, "env": env},
-        )
+    launch, faults = ["--standalone", "--nproc-per-node", "2", *launch], H.ROOT / "tests/faults.py"
+    return H.torchrun(launch, faults, [fault, *argv], place / "said", fork=fork and gloo, gloo=gloo)
 
 
 def ended(process: H.Forked | subprocess.Popen, out) -> dict:
