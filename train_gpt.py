@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +142,12 @@ class ModelConfig:
     )
     bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
     bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
+    token_shares: bool = knob(
+        False, "x0's and the token pair's share in a block follow the token (record 85)"
+    )
+    mudd: bool = knob(
+        False, "into the last block and the head: token-wise shares of earlier outputs (record 81)"
+    )
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
 
 
@@ -484,6 +490,10 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     for name in ("layers", "value_layers", "paired"):
         without = set(getattr(m, name)) & set(m.no_attention)
         need(not without, f"--{name} names blocks of --no_attention")
+    late = m.mudd and m.n_layer - 1 in kept_blocks(m)
+    need(not late, "--mudd: --skip, --backout and --attention_from come before the last block")
+    has_shares = m.x0 or m.bigram or not m.token_shares
+    need(has_shares, "--token_shares are of --x0 and --bigram, which are both off")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
     paired, name = set(m.paired), parse_arm(m.arm)[0]
@@ -1601,6 +1611,11 @@ def mlp_width(cfg: ModelConfig, layer: int) -> int:
     return cfg.mlp if wide else 4 * cfg.d_model
 
 
+def kept_blocks(cfg: ModelConfig) -> list[int]:
+    """Blocks whose output something after the next block reads."""
+    return sorted({*cfg.skip[:1], cfg.backout, cfg.attention_from} - {-1})
+
+
 def padded(vocab: int) -> int:
     """Rows of the head: a multiple of 128 for the tensor cores, of 16 for a vocabulary of bytes."""
     unit = 128 if vocab > 1024 else 16
@@ -1623,6 +1638,27 @@ class Smear(nn.Module):
 
 
 SIGN_ROWS = 8192
+
+
+class Shares(nn.Module):
+    """n numbers for each token, from an MLP on its state, all 0 at the start (2502.12170; records
+    81 and 85): what a learned scalar says for all tokens, they change for one."""
+
+    def __init__(self, cfg: ModelConfig, n: int):
+        super().__init__()
+        self.up = parameter((64, cfg.d_model), ("uniform", 0.5 * cfg.d_model**-0.5), "shares")
+        self.down = parameter((n, 64), ("zeros",), "shares")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, T, d] of unit RMS -> n tensors [B, T, 1]."""
+        hidden = F.gelu(F.linear(x, self.up.to(x.dtype)))
+        return (0.1 * F.linear(hidden, self.down.to(x.dtype))).split(1, dim=-1)
+
+    def add(self, x: Tensor, sources: Iterable[Tensor]) -> Tensor:
+        """x [B, T, d] and its shares of as many `sources`."""
+        for share, source in zip(self(norm(x)), sources, strict=True):
+            x = x + share * source
+        return x
 
 
 class Bigram(nn.Module):
@@ -1658,9 +1694,10 @@ class Bigram(nn.Module):
             e = e * self.signs[(last ^ tokens) % SIGN_ROWS].to(dtype)
         return e
 
-    def join(self, x: Tensor, pairs: Tensor, layer: int) -> Tensor:
-        """x [B, T, d] and a block's share of `pairs`, in the columns that there are."""
-        share = self.scale[layer].to(x.dtype) * pairs
+    def join(self, x: Tensor, pairs: Tensor, layer: int, more: Tensor | float = 0.0) -> Tensor:
+        """x [B, T, d] and a block's share of `pairs`, `more` [B, T, 1] of it for a token, in the
+        columns that there are."""
+        share = (self.scale[layer].to(x.dtype) + more) * pairs
         return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
@@ -1721,6 +1758,11 @@ class GPT(nn.Module):
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
         self.bigram = Bigram(cfg) if cfg.bigram else None
         self.smear = Smear() if cfg.smear else None
+        of_block = cfg.x0 + (cfg.bigram > 0)
+        self.shares = Shares(cfg, cfg.n_layer * of_block) if cfg.token_shares else None
+        kept = 2 + len(kept_blocks(cfg))  # and x0 and the state itself
+        mudd = [Shares(cfg, kept) for _ in range(2)] if cfg.mudd else []
+        self.mudd = nn.ModuleList(mudd)  # before the last block, before the head
         self.register_rope(2 * max_length if cfg.paired else max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
@@ -1790,19 +1832,24 @@ class GPT(nn.Module):
         if self.bigram is not None:
             pairs = self.bigram(tokens, starts, self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
+        shares = iter(()) if self.shares is None else iter(self.shares(x0))
         for i, block in enumerate(self.blocks):
+            if self.mudd and i == cfg.n_layer - 1:
+                x = self.mudd[0].add(x, (x, x0, *saved.values()))
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
             if cfg.x0:
-                x = resid[i, 0] * x + resid[i, 1] * x0
+                x = resid[i, 0] * x + (resid[i, 1] + next(shares, 0.0)) * x0
             if self.bigram is not None:
-                x = self.bigram.join(x, pairs, i)
+                x = self.bigram.join(x, pairs, i, next(shares, 0.0))
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
             x = block(x, ve, contexts[i], saved.get(cfg.attention_from))
-            if i in (*cfg.skip, cfg.backout, cfg.attention_from):
+            if i in kept_blocks(cfg):
                 saved[i] = x
+        if self.mudd:
+            x = self.mudd[1].add(x, (x, x0, *saved.values()))
         if cfg.backout >= 0:
             x = x - self.mix[1].to(x.dtype) * saved[cfg.backout]
         return norm(x)
@@ -1965,6 +2012,7 @@ def parameter_groups(o: OptimConfig) -> dict[str, Group]:
         "bigram": adam(o.value_lr, (0.75, 0.95), cautious_wd=5 * decay),
         "scalar": adam(o.scalar_lr, o.scalar_betas, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
+        "shares": adam(0.25 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 81
         "smear": adam(0.01 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 52
     }
 

@@ -26,7 +26,7 @@ class NCAConfig(PreTrainedConfig):
     rotary: "half" of each head (base 1024), "full" (base 10,000) or None.
     softcap: c of c sigmoid(4 z / c), [top, shift, width] of top sigmoid((z + shift) / width), or 0.
     qk_norm, gate, xsa, bias, x0, skip, backout, smear, bigram, bigram_dim, value_gate,
-    attention_from: as train_gpt.py --help has them.
+    attention_from, token_shares, mudd: as train_gpt.py --help has them.
     value_tables: their widths.
     """
 
@@ -58,6 +58,8 @@ class NCAConfig(PreTrainedConfig):
         bigram_dim=0,
         value_gate=False,
         attention_from=-1,
+        token_shares=False,
+        mudd=False,
         value_tables=(),
         bos_token_id=50256,
         eos_token_id=50256,
@@ -76,6 +78,7 @@ class NCAConfig(PreTrainedConfig):
         self.x0, self.skip, self.backout, self.softcap = x0, list(skip), backout, softcap
         self.smear, self.bigram, self.bigram_dim = smear, bigram, bigram_dim
         self.value_gate, self.attention_from = value_gate, attention_from
+        self.token_shares, self.mudd = token_shares, mudd
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id, self.use_cache = pad_token_id, use_cache
         self.tie_word_embeddings = tie_word_embeddings

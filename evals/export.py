@@ -101,6 +101,7 @@ def nca_config(model: T.GPT, meta: dict, eot: int) -> NCAConfig:
         **{name: getattr(cfg, name) for name in ("qk_norm", "gate", "xsa", "bias")},
         **{name: getattr(cfg, name) for name in ("x0", "skip", "backout", "smear", "value_gate")},
         **{name: getattr(cfg, name) for name in ("bigram", "bigram_dim", "attention_from")},
+        **{name: getattr(cfg, name) for name in ("token_shares", "mudd")},
         softcap=model.softcap,
         value_tables=[] if is_gpt2 else [table.size(1) for table in model.values],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot),

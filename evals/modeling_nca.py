@@ -356,6 +356,23 @@ class Smear(nn.Module):
         return e + torch.where(starts[..., None], 0.0, gate * self.share) * earlier
 
 
+class Shares(nn.Module):
+    """n numbers for each token, from its state."""
+
+    def __init__(self, config, n):
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(64, config.hidden_size))
+        self.down = nn.Parameter(torch.zeros(n, 64))
+
+    def forward(self, x):
+        return (0.1 * F.linear(F.gelu(F.linear(x, self.up)), self.down)).split(1, dim=-1)
+
+    def add(self, x, sources):
+        for share, source in zip(self(norm(x)), sources, strict=True):
+            x = x + share * source
+        return x
+
+
 class Bigram(nn.Module):
     """Embeddings of pairs of tokens, which share rows by a hash, each block's share scaled."""
 
@@ -375,8 +392,8 @@ class Bigram(nn.Module):
             e = e * self.signs[(last ^ tokens) % 8192].to(e.dtype)
         return e
 
-    def join(self, x, pairs, block):
-        share = self.scale[block].to(x.dtype) * pairs
+    def join(self, x, pairs, block, more):
+        share = (self.scale[block].to(x.dtype) + more) * pairs
         return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
@@ -415,6 +432,11 @@ class NCAModel(NCAPreTrainedModel):
         self.values = nn.ModuleList(nn.Embedding(config.vocab_size, w) for w in config.value_tables)
         self.smear = Smear() if config.smear else None
         self.bigram = Bigram(config) if config.bigram else None
+        of_block = config.x0 + (config.bigram > 0)
+        self.shares = Shares(config, len(slots) * of_block) if config.token_shares else None
+        self.kept = sorted({*config.skip[:1], config.backout, config.attention_from} - {-1})
+        mudd = [Shares(config, 2 + len(self.kept)) for _ in range(2)] if config.mudd else []
+        self.mudd = nn.ModuleList(mudd)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -475,17 +497,22 @@ class NCAModel(NCAPreTrainedModel):
         x = x0 = self.embedded(input_ids, rows)
         pairs = None if self.bigram is None else self.bigram(input_ids, *rows.pairs())
         states, source = [x], config.attention_from  # [i + 1]: the output of block i
+        shares = iter(()) if self.shares is None else iter(self.shares(x0))
         for i, block in enumerate(self.blocks):
             if config.skip and i == config.skip[1]:
                 x = x + torch.sigmoid(self.residual_mix[0]).to(x.dtype) * states[config.skip[0] + 1]
+            if self.mudd and i == len(self.blocks) - 1:
+                x = self.mudd[0].add(x, (x, x0, *(states[j + 1] for j in self.kept)))
             if config.x0:
                 a, b = self.residual[i].to(x.dtype)
-                x = a * x + b * x0
+                x = a * x + (b + next(shares, 0.0)) * x0
             if pairs is not None:
-                x = self.bigram.join(x, pairs, i)
+                x = self.bigram.join(x, pairs, i, next(shares, 0.0))
             read = states[source + 1] if 0 <= source < i else x
             x = block(x, read, tables, rotary, rows, config.windows, cache)
             states.append(x)
+        if self.mudd:
+            x = self.mudd[1].add(x, (x, x0, *(states[j + 1] for j in self.kept)))
         if config.backout >= 0:
             x = x - self.residual_mix[1].to(x.dtype) * states[config.backout + 1]
         x = self.norm_out(x).to(self.embed.weight.dtype)

@@ -36,7 +36,7 @@ GPT2 = {
 }
 IDEAS = {
     **{"smear": True, "key_offset": True, "value_gate": True, "shifted_cap": True},
-    "attention_from": 1,
+    **{"attention_from": 1, "token_shares": True, "mudd": True},
 }
 FAINT = {"score_scale": 0.1}  # or masked tokens would leave nothing to compare
 CASES = {

@@ -29,6 +29,8 @@ IDEAS = {
     "value layers": {"value_layers": (1, 2, 3)},
     "shifted cap": {"shifted_cap": True},
     "single activation": {"attention_from": 1},
+    "token shares": {"token_shares": True},
+    "mudd": {"mudd": True},
     "tie": {"tie": True},
 }
 TRAINING = {"mtp": {"mtp": True}, "optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
@@ -226,6 +228,8 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
         ("--bigram-dim", {"bigram_dim": 192}),
         ("--normuon", {"normuon": 1.0}),
         ("--attention-from", {"attention_from": 12}),
+        ("--mudd", {"mudd": True, "attention_from": 11}),
+        ("--token-shares", {"token_shares": True, "x0": False}),
         ("--untie", {"tie": True, "untie": 1.5}),
         ("--head-betas", {"head_betas": (0.5,)}),
         ("--scalar-betas", {"scalar_betas": (0.9, 1.0)}),
@@ -553,6 +557,49 @@ def test_later_attention_reads_one_blocks_output():
     for x in inputs[2:]:
         torch.testing.assert_close(x, T.norm(outputs[1]))
     assert not torch.allclose(inputs[1], T.norm(outputs[1]))
+
+
+# ---- shares that follow the token ---------------------------------------------------------------
+
+
+def shares_of(module: T.Shares, x: torch.Tensor) -> torch.Tensor:
+    """[..., n], by hand."""
+    return 0.1 * torch.nn.functional.gelu(x @ module.up.T) @ module.down.T
+
+
+def test_token_shares_join_the_learned_ones():
+    """The share of x0 and of the pairs in each block, against plain indexing."""
+    model, (tokens, docs) = build(token_shares=True, bigram=128), rows_of_text()
+    entering, of_pairs = [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: entering.append((args[0], out)))
+    model.bigram.register_forward_hook(lambda _, args, out: of_pairs.append(out))
+    model(tokens, docs, window())
+    x0 = T.norm(torch.nn.functional.embedding(tokens, model.embed))
+    shares, (pairs,) = shares_of(model.shares, x0), of_pairs
+    before = x0
+    for i, (got, out) in enumerate(entering):
+        a, b = model.resid[i]
+        own, of_pair = (shares[..., 2 * i + j, None] for j in (0, 1))
+        want = a * before + (b + own) * x0 + (model.bigram.scale[i] + of_pair) * pairs
+        torch.testing.assert_close(got, want)
+        before = out
+
+
+def test_mudd_adds_shares_of_earlier_outputs():
+    model = build(mudd=True, skip=(0, 2), backout=1, x0=False)
+    (tokens, docs), seen = rows_of_text(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    out = model(tokens, docs, window())
+    x0 = T.norm(torch.nn.functional.embedding(tokens, model.embed))
+    outputs = [y for _, y in seen]
+    for module, x in zip(model.mudd, outputs[-2:], strict=True):
+        sources = torch.stack([x, x0, outputs[0], outputs[1]], dim=-1)
+        x = x + (sources * shares_of(module, T.norm(x)).unsqueeze(-2)).sum(-1)
+        if module is model.mudd[0]:
+            torch.testing.assert_close(seen[-1][0], x)
+    torch.testing.assert_close(out, T.norm(x - model.mix[1] * outputs[1]))
 
 
 # ---- head and embedding as one, then apart ------------------------------------------------------
