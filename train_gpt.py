@@ -1990,10 +1990,23 @@ def muon_update(
     add_(weights, step.masked_fill_(bad, 0), -rate * tall)
 
 
-def adam_decay(weights: Tensor, mean: Tensor, rate, bad: Tensor, group: Group) -> None:
-    """Cautious decay after an Adam step: where its first moment says that it shrank the weight."""
-    share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
-    weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
+def adam_update(
+    weights: Tensor, grad: Tensor, state: dict[str, Tensor], rate, bad: Tensor, group: Group
+) -> None:
+    """AdamW (1711.05101) on flat tensors: in a compiled graph one pass. Cautious decay comes after
+    the step, where the first moment says that it shrank the weight."""
+    mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    steps.add_(bad.logical_not())
+    grow, root = (1 / (1 - beta**steps) for beta in group.betas)  # of what started at 0
+    mean.lerp_(torch.where(bad, mean, grad), 1 - group.betas[0])
+    square.lerp_(torch.where(bad, square, grad.square()), 1 - group.betas[1])
+    step = rate * grow * mean / (square.sqrt() * root.sqrt() + group.eps)
+    if group.wd:
+        weights.mul_(torch.where(bad, 1.0, 1 - rate * group.wd))
+    weights.sub_(step.masked_fill_(bad, 0))
+    if group.cautious_wd:
+        share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
+        weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
@@ -2030,6 +2043,7 @@ class Bank:
     """
 
     ALIGN = 64  # elements: Inductor copies inputs that are not aligned
+    FEW = 1 << 20  # elements
 
     def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
         self.group, self.world, self.slots = group, world, {}
@@ -2057,11 +2071,14 @@ class Bank:
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
         self.compiled = False
-        self.functions = {f.__name__: f for f in (muon_direction, muon_update, adam_decay)}
+        self.functions = {f.__name__: f for f in (muon_direction, muon_update, adam_update)}
         self.reset()
 
     def compile(self) -> None:
-        """What is pointwise around Muon's products, and Adam's decay, in a pass or two each."""
+        """Adam, and what is pointwise around Muon's products, in a pass or two each. A few numbers
+        do not pay for a graph."""
+        if self.own.numel() < self.FEW and self.group.kind == "adam":
+            return
         self.compiled = True
         for name, f in self.functions.items():
             self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
@@ -2099,27 +2116,19 @@ class Bank:
             if self.group.beta2:
                 self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
         else:
-            g = self.group
-            self.own.grad = self.own_grad
-            self.adam = torch.optim.AdamW(
-                [self.own], lr=g.lr, betas=g.betas, eps=g.eps, weight_decay=g.wd, fused=True
-            )
+            self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam["step"] = self.own.new_zeros(())
 
     @torch.no_grad()
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        group, f, rate = self.group, self.functions, self.group.lr * lr
-        factors = (rate, momentum, 1 - momentum)
+        group, f = self.group, self.functions
+        factors = (group.lr * lr, momentum, 1 - momentum)
         if self.compiled:
             factors = on_device(torch.tensor(factors), self.own.device).unbind()
         if group.kind == "adam":
-            self.adam.param_groups[0]["lr"] = rate
-            self.adam.found_inf = bad.float()
-            self.adam.step()
-            if group.cautious_wd:
-                mean = self.adam.state[self.own]["exp_avg"]
-                f["adam_decay"](self.own, mean, factors[0], bad, group)
+            f["adam_update"](self.own, self.own_grad, self.adam, factors[0], bad, group)
             return
         u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad, dtype)
         step = orthogonalize(u.view(-1, *self.matrix), dtype)
@@ -2131,9 +2140,8 @@ class Bank:
         that it holds. `second` has a number for every min(rows, cols) weights."""
         if self.group.kind == "muon":
             return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
-        state = self.adam.state.get(self.own, {})
-        held = {"grad": self.kept} if self.held else {}
-        return {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state} | held
+        moments = {key: t for key, t in self.adam.items() if key != "step"}
+        return moments | ({"grad": self.kept} if self.held else {})
 
 
 def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
@@ -2241,9 +2249,9 @@ class Optimizer:
                     part = full[offset // k : (offset + p.numel()) // k]
                     shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
                     out.setdefault(name, {})[key] = to_host(part.view(shape))
-            if wanted and bank.group.kind == "adam" and bank.adam.state.get(bank.own):
+            if wanted and bank.group.kind == "adam":
                 for name in bank.slots:
-                    out[name]["step"] = to_host(bank.adam.state[bank.own]["step"])
+                    out[name]["step"] = to_host(bank.adam["step"])
         self.world.synchronize()
         return out
 
@@ -2267,9 +2275,9 @@ class Optimizer:
                 elif bank.group.kind == "muon":
                     setattr(bank, key, own)
                 else:
-                    bank.adam.state[bank.own][key] = own
+                    bank.adam[key] = own
             if "step" in first:
-                bank.adam.state[bank.own]["step"] = first["step"].to(bank.own.device, copy=True)
+                bank.adam["step"] = first["step"].to(bank.own.device, copy=True)
 
 
 # ---- 7. Data ------------------------------------------------------------------------------------

@@ -56,9 +56,7 @@ def optimize(ranks: list[int], world: T.World, clip: float) -> dict:
         "norms": torch.stack(norms),
         "own": [{k: v.numel() for k, v in b.state().items()} for b in opt.banks],
         "total": [b.data.numel() for b in opt.banks],
-        "adam_holds": [
-            t.numel() for b in opt.banks if b.group.kind == "adam" for t in b.adam.state
-        ],
+        "adam_holds": [b.adam["exp_avg"].numel() for b in opt.banks if b.group.kind == "adam"],
     }
 
 
