@@ -53,6 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.optim.adamw import adamw
 
 try:  # for section 11 alone
     import triton
@@ -1990,11 +1991,29 @@ def muon_update(
     add_(weights, step.masked_fill_(bad, 0), -rate * tall)
 
 
+def adam_decay(weights: Tensor, mean: Tensor, rate, bad: Tensor, group: Group) -> None:
+    """Cautious decay after an Adam step: where its first moment says that it shrank the weight."""
+    if group.cautious_wd:
+        share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
+        weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
+
+
 def adam_update(
     weights: Tensor, grad: Tensor, state: dict[str, Tensor], rate, bad: Tensor, group: Group
 ) -> None:
-    """AdamW (1711.05101) on flat tensors: in a compiled graph one pass. Cautious decay comes after
-    the step, where the first moment says that it shrank the weight."""
+    """AdamW (1711.05101) on flat tensors, by PyTorch's own kernel."""
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    mean, square, steps = ([state[key]] for key in keys)
+    rest = {"beta1": group.betas[0], "beta2": group.betas[1], "eps": group.eps, "lr": rate}
+    rest |= {"amsgrad": False, "maximize": False, "weight_decay": group.wd}
+    adamw(*([weights], [grad], mean, square, [], steps), fused=True, found_inf=bad.float(), **rest)
+    adam_decay(weights, mean[0], rate, bad, group)
+
+
+def adam_pass(
+    weights: Tensor, grad: Tensor, state: dict[str, Tensor], rate, bad: Tensor, group: Group
+) -> None:
+    """The same for a compiled graph, which makes one pass of it, decay included."""
     mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
     steps.add_(bad.logical_not())
     grow, root = (1 / (1 - beta**steps) for beta in group.betas)  # of what started at 0
@@ -2004,9 +2023,7 @@ def adam_update(
     if group.wd:
         weights.mul_(torch.where(bad, 1.0, 1 - rate * group.wd))
     weights.sub_(step.masked_fill_(bad, 0))
-    if group.cautious_wd:
-        share = torch.where(bad, 0.0, rate**2 * group.cautious_wd)
-        weights.mul_(torch.where(weights * mean > 0, 1 - share, 1.0))
+    adam_decay(weights, mean, rate, bad, group)
 
 
 def parameter_groups(o: OptimConfig) -> dict[str, Group]:
@@ -2071,7 +2088,7 @@ class Bank:
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
         self.compiled = False
-        self.functions = {f.__name__: f for f in (muon_direction, muon_update, adam_update)}
+        self.direct, self.turn, self.adam_update = muon_direction, muon_update, adam_update
         self.reset()
 
     def compile(self) -> None:
@@ -2080,8 +2097,9 @@ class Bank:
         if self.own.numel() < self.FEW and self.group.kind == "adam":
             return
         self.compiled = True
-        for name, f in self.functions.items():
-            self.functions[name] = torch.compile(f, fullgraph=True, dynamic=False)
+        functions = (muon_direction, muon_update, adam_pass)
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        self.direct, self.turn, self.adam_update = map(wrap, functions)
 
     def clear(self) -> None:
         for p, _ in self.views:
@@ -2123,17 +2141,17 @@ class Bank:
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        group, f = self.group, self.functions
+        group = self.group
         factors = (group.lr * lr, momentum, 1 - momentum)
         if self.compiled:
             factors = on_device(torch.tensor(factors), self.own.device).unbind()
         if group.kind == "adam":
-            f["adam_update"](self.own, self.own_grad, self.adam, factors[0], bad, group)
+            self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, group)
             return
-        u = f["muon_direction"](self.own_grad, self.momentum, *factors[1:], bad, dtype)
+        u = self.direct(self.own_grad, self.momentum, *factors[1:], bad, dtype)
         step = orthogonalize(u.view(-1, *self.matrix), dtype)
         second = self.second.view(len(step), -1) if group.beta2 else None
-        f["muon_update"](self.own.view_as(step), step, second, factors[0], bad, group)
+        self.turn(self.own.view_as(step), step, second, factors[0], bad, group)
 
     def state(self) -> dict[str, Tensor]:
         """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
