@@ -250,9 +250,8 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
-    mlp_kernel: bool = knob(False, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
-    loss_kernel: bool = knob(False, "fused loss of the FP8 head (records 60, 67), likewise")
-    fused_update: bool = knob(False, "pointwise work of the optimizer compiled: fewer passes")
+    mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
+    loss_kernel: bool = knob(True, "fused loss of the FP8 head (records 60, 67), likewise")
     attention: str = knob(
         "flex",
         "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
@@ -349,7 +348,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel", "fused_update")  # beside those
+ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel")  # beside those
 
 
 def parse_arm(spec: str) -> tuple[str, dict]:
@@ -463,8 +462,6 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
-    by_eight = m.mlp % 8 == 0 or not r.mlp_kernel
-    need(by_eight, f"--mlp_kernel wants widths by 8, not --mlp {m.mlp}")
     need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
     if r.attention == "fa4":
         need(
@@ -3007,10 +3004,9 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused = mlp
-        if cfg.run.fused_update and cfg.run.compile:
-            for bank in self.optimizer.banks:
-                bank.compile()
         compiled, cap, tied = cfg.run.compile, self.model.softcap, cfg.model.tie
+        for bank in self.optimizer.banks if compiled and world.cuda else ():
+            bank.compile()
         self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss, tied)
         self.forward = self.model
         if compiled:
@@ -3018,11 +3014,12 @@ class Trainer:
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
 
     def choose_kernels(self) -> dict[str, str]:
-        """{what is asked for of KERNELS: why plain PyTorch takes its place, or ""}, the same on
-        every rank. Raises InputError where --attention fa4 cannot be served."""
+        """{what this model can use of KERNELS: why plain PyTorch takes its place, or ""}, the same
+        on every rank. On by default, so what has no use is left out, and a CPU's reasons are.
+        Raises InputError where --attention fa4 cannot be served."""
         run, device = self.cfg.run, self.world.device
         bf16, why = self.dtype == torch.bfloat16, {}
-        if run.fp8 and self.world.cuda:  # on by default, so a CPU says nothing
+        if run.fp8 and self.world.cuda:
             works = bf16 and fp8_works(device)
             why["fp8"] = "" if works else f"no FP8 products here in {self.dtype}"
         if run.attention == "fa4" and run.deterministic:
@@ -3030,17 +3027,18 @@ class Trainer:
         elif run.attention == "fa4":
             self.announce("FlashAttention-4's kernels")
             why["fa4"] = probe_fa4(device, fa4_shapes(self.model))
-        if run.mlp_kernel:
-            has_one = any(isinstance(module, MLP) for module in self.model.modules())
+        widths = {m.up.weight.size(0) for m in self.model.modules() if isinstance(m, MLP)}
+        if run.mlp_kernel and widths:
             reason = "" if bf16 else f"it computes in bfloat16, not in {self.dtype}"
-            reason = reason if has_one else "no MLP of this model is relu(x W1)^2 W2"
+            odd = [width for width in widths if width % 8]
+            reason = f"it wants widths by 8, not {odd}" if odd else reason
             why["mlp_kernel"] = reason or probe_mlp(device)
-        if run.loss_kernel:
-            reason = "" if why.get("fp8") == "" else "the head is not in FP8"
-            reason = reason if self.model.softcap else "logits have no --softcap"
-            why["loss_kernel"] = reason or probe_loss(device)
+        if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
+            why["loss_kernel"] = probe_loss(device)
         found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
         why = {name: next((one[name] for one in found if one[name]), "") for name in why}
+        if not self.world.cuda:
+            why = {name: reason for name, reason in why.items() if not reason}
         if why.get("fa4") and not run.deterministic:
             raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
         return why
@@ -3594,9 +3592,10 @@ class Run:
         if "optimizer" not in state:  # evals/finetune.py keeps such
             raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "deterministic", "attention", *KERNELS, "fused_update"}
-        # A setting that the checkpoint is too old to know was off, as its default is.
-        mine, saved = self.cfg.flat(), {**Config().flat(), **meta["config"]}
+        free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
+        # A setting that the checkpoint is too old to know was off, as its default is or was.
+        off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
+        mine, saved = self.cfg.flat(), {**off, **meta["config"]}
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:
             said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)

@@ -321,8 +321,9 @@ def test_other_kernels_are_refused(whole, text_data, tmp_path, name):
     """A run that goes on with other arithmetic is another run."""
     run = copy_until(whole, tmp_path, 4)
     trainer = T.Trainer(config(text_data, tmp_path, resume=str(run)))
-    trainer.cfg = trainer.cfg.with_(**{name: True})  # here: the mode would be the whole process's
-    with pytest.raises(T.InputError, match=f"{name} False, now True"):
+    now = not getattr(trainer.cfg.run, name)  # set here: the mode would be the whole process's
+    trainer.cfg = trainer.cfg.with_(**{name: now})
+    with pytest.raises(T.InputError, match=f"{name} {not now}, now {now}"):
         trainer.run()
 
 
@@ -337,16 +338,20 @@ def drop_settings(checkpoint, *names) -> None:
 
 def test_what_an_old_checkpoint_lacks_was_off(whole, text_data, tmp_path, capsys):
     run = copy_until(whole, tmp_path, 4)
-    drop_settings(run / "ckpt/step_00000004", "smear", "selective", "mlp_kernel")
+    drop_settings(run / "ckpt/step_00000004", "smear", "selective")
     assert T.main([*argv_of(text_data, tmp_path, smear=True), "--resume", str(run)]) == 2
     assert "smear False, now True" in capsys.readouterr().err
-    T.train(config(text_data, tmp_path, resume=str(run)))
+    drop_settings(run / "ckpt/step_00000004", "mlp_kernel")  # on by default, and was not
+    on = [*argv_of(text_data, tmp_path, mlp_kernel=True), "--resume", str(run)]
+    assert T.main(on) == 2 and "mlp_kernel False, now True" in capsys.readouterr().err
+    T.train(config(text_data, tmp_path, resume=str(run), mlp_kernel=False))
     assert without_times(run) == without_times(whole)
 
 
-def test_fallbacks_are_said_again(text_data, tmp_path):
+def test_fallbacks_are_said_again(text_data, tmp_path, monkeypatch):
     """Where it goes on may be another machine than where it began."""
-    cfg = config(text_data, tmp_path, mlp_kernel=True, save_every=6)
+    monkeypatch.setattr(T.Trainer, "choose_kernels", lambda self: {"mlp_kernel": "broken here"})
+    cfg = config(text_data, tmp_path, save_every=6)
     T.train(cfg)
     run = tmp_path / "whole"
     shutil.rmtree(run / "ckpt/step_00000012")

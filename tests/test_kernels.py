@@ -182,28 +182,42 @@ def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
 # ---- where the kernels do not run ---------------------------------------------------------------
 
 
-def test_off_by_default():
+def test_on_by_default_and_nothing_is_said_on_a_cpu(text_data, tmp_path):
     run = T.make_config().run
-    assert not run.mlp_kernel and not run.loss_kernel
-
-
-def test_widths_that_the_kernel_cannot_take_are_refused():
-    for width, asked, said in ((3460, True, 1), (3460, False, 0), (3456, True, 0)):
-        problems = T.check_config(T.make_config(mlp=width, mlp_kernel=asked))
-        assert problems == ["--mlp-kernel wants widths by 8, not --mlp 3460"] * said
-
-
-def test_asked_for_on_a_cpu_is_said_and_changes_nothing(text_data, tmp_path):
-    asked = {"mlp_kernel": True, "loss_kernel": True}
-    for run_id, changes in (("plain", {}), ("asked", asked)):
+    assert run.mlp_kernel and run.loss_kernel and run.fp8
+    off = {"mlp_kernel": False, "loss_kernel": False}
+    for run_id, changes in (("on", {}), ("off", off)):
         T.train(H.tiny(text_data, tmp_path, tokens=256 * 2, run_id=run_id, **changes))
-    assert H.losses(tmp_path / "plain") == H.losses(tmp_path / "asked")
-    assert not H.read_log(tmp_path / "plain", "event")
-    said = [e["text"] for e in H.read_log(tmp_path / "asked", "event")]
-    assert [text.split(": ")[0] for text in said] == ["mlp_kernel", "loss_kernel"]
-    assert all(text.endswith("plain PyTorch instead") for text in said), said
-    (header,) = H.read_log(tmp_path / "asked", "header")
-    assert [header[name] for name in T.KERNELS] == [False] * 4
+        (header,) = H.read_log(tmp_path / run_id, "header")
+        assert [header[name] for name in T.KERNELS] == [False] * 4
+        assert not H.read_log(tmp_path / run_id, "event")
+    assert H.losses(tmp_path / "on") == H.losses(tmp_path / "off")
+
+
+class FakeCuda(T.World):
+    """A GPU to who chooses kernels; the kernels' own tests say what they make of it."""
+
+    cuda = True
+
+
+def reasons(monkeypatch, data, out, **changes) -> dict[str, str]:
+    monkeypatch.setattr(T, "fp8_works", lambda device: True)
+    monkeypatch.setattr(T, "probe_mlp", lambda device: "")
+    monkeypatch.setattr(T, "probe_loss", lambda device: "broken here")
+    trainer = T.Trainer(H.tiny(data, out, **changes))
+    trainer.world = FakeCuda(trainer.world.device)
+    return trainer.choose_kernels()
+
+
+def test_what_a_gpu_cannot_do_is_kept(monkeypatch, text_data, tmp_path):
+    both = {"dtype": "bfloat16", "softcap": 30.0, "fp8": True}
+    found = reasons(monkeypatch, text_data, tmp_path, **both)
+    assert found == {"fp8": "", "mlp_kernel": "", "loss_kernel": "broken here"}
+    found = reasons(monkeypatch, text_data, tmp_path, **both, arm="softmax,mlp=100")
+    assert found["mlp_kernel"] == "it wants widths by 8, not [100]"
+    found = reasons(monkeypatch, text_data, tmp_path, **both | {"dtype": "float32"})
+    assert found["mlp_kernel"] == "it computes in bfloat16, not in torch.float32"
+    assert "loss_kernel" not in found  # of an FP8 head
 
 
 def test_without_triton(monkeypatch):
@@ -293,16 +307,14 @@ def test_the_mlp_probe_has_power(on_cpu, monkeypatch, wrong):
 
 
 def test_a_model_without_our_mlp_has_no_use_for_the_kernel(on_cpu, text_data, tmp_path):
-    """GPT-2's MLP is another: asked for and not used is said, though the kernel would run."""
+    """GPT-2's MLP is another, though the kernel would run."""
     from test_gpt2 import TINY, gpt2
 
     cfg = T.make_config("gpt2", **TINY, data=str(text_data), out=str(tmp_path), run_id="r")
     cfg = cfg.with_(mlp_kernel=True, dtype="bfloat16", tokens=256 * 2)
     T.train(cfg, hooks=gpt2.make_hooks(cfg))
     (header,) = H.read_log(tmp_path / "r", "header")
-    (event,) = H.read_log(tmp_path / "r", "event")
-    assert header["mlp_kernel"] is False
-    assert event["kind"] == "fallback" and event["text"].startswith("mlp_kernel: no MLP of this")
+    assert header["mlp_kernel"] is False and not H.read_log(tmp_path / "r", "event")
 
 
 def chosen(data: str, out: str, failing: int) -> tuple:
@@ -318,7 +330,7 @@ def chosen(data: str, out: str, failing: int) -> tuple:
 def test_ranks_agree(text_data, tmp_path, failing):
     """A kernel that fails on one rank is used on none."""
     works, found = failing < 0, H.on_ranks(2, chosen, tmp_path, str(text_data), "runs", failing)
-    assert found == [({"mlp_kernel": "" if works else "broken here"}, {works})] * 2
+    assert found == [({"mlp_kernel": ""} if works else {}, {works})] * 2
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
