@@ -225,7 +225,6 @@ class ScheduleConfig:
     warmup: float = knob(0.0, "share of the steps in which lr rises from 0")
     cooldown: float = knob(0.45, "share of the steps in which lr falls to lr_floor, linearly")
     lr_floor: float = knob(0.1, "lr factor that the cooldown falls to")
-    mtp: bool = knob(False, "train on the next 3, 2, 1 tokens by thirds of the steps (record 53)")
     untie: float = knob(2 / 3, "with --tie: share of the steps after which they part (record 53)")
     ext_window: int = knob(2560, "long window of val_loss_ext, tokens (0: as trained)")
 
@@ -348,7 +347,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-ARM_ALSO = ("mtp", "fp8", "attention", "mlp_kernel", "loss_kernel")  # beside those
+ARM_ALSO = ("fp8", "attention", "mlp_kernel", "loss_kernel")  # beside those
 
 
 def parse_arm(spec: str) -> tuple[str, dict]:
@@ -376,10 +375,24 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
     return cfg.with_(**keys)
 
 
-def config_from_flat(flat: dict) -> Config:
-    """The inverse of `Config.flat`, as a checkpoint's meta.json or a log's header holds it."""
+# Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
+DELETED = {"mtp": False, "fused_update": None}
+
+
+def without_deleted(flat: dict, source: str | Path) -> dict:
+    """A saved `Config.flat` less the settings that are gone; InputError where one was on."""
+    for name, off in DELETED.items():
+        if off is not None and flat.get(name, off) != off:
+            said = f"{source} has {name} {flat[name]!r}, which was deleted since"
+            raise InputError(f"{said}: use the train_gpt.py that it was made with")
+    return {name: value for name, value in flat.items() if name not in DELETED}
+
+
+def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
+    """The inverse of `Config.flat`, as a checkpoint's meta.json or a log's header holds it.
+    InputError, which names `source`, where it turns on what was deleted since."""
     out = {}
-    for name, value in flat.items():
+    for name, value in without_deleted(flat, source).items():
         if name in FLAGS:
             is_tuple = FLAGS[name][1].type.startswith("tuple")
             out[name] = parse_value(name, value) if is_tuple else value
@@ -590,7 +603,6 @@ class Step:
     momentum: float
     window: int  # tokens, long layers
     start: int  # tokens trained before it
-    ahead: tuple[float, ...] = ()  # weights of the next tokens' losses (empty: the next one alone)
     tied: bool = False  # head and embedding are one
     adam: bool = True  # Adam updates; else it keeps the gradient for the next step
 
@@ -598,13 +610,6 @@ class Step:
     def end(self) -> int:
         """Tokens trained after it."""
         return self.start + self.tokens
-
-
-def ahead_weights(part: float) -> tuple[float, float, float]:
-    """Weights of the losses on the next three tokens after a share of the steps: the last falls to
-    0 in the first third, the second in the second (record 53). They do not sum to 1."""
-    third, at = int(3 * part), 3 * part % 1
-    return ((1.0, 0.5, 0.25 * (1 - at)), (1.0, 0.5 * (1 - at), 0.0), (1.0, 0.0, 0.0))[third]
 
 
 def plan_steps(cfg: Config, budget: int) -> list[Step]:
@@ -635,11 +640,10 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
         cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
         mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
-        ahead = ahead_weights(i / total) if s.mtp else ()
         tied = cfg.model.tie and i < round(s.untie * total)
         adam = (total - 1 - i) % o.adam_every == 0  # the last step is one of them
         window = math.ceil(grown / 128) * 128
-        steps.append(Step(i, k, st.tokens, lr, mu, window, start, ahead, tied, adam))
+        steps.append(Step(i, k, st.tokens, lr, mu, window, start, tied, adam))
         start += st.tokens
     return steps
 
@@ -813,54 +817,31 @@ def token_losses(z: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
 
 
-def later_targets(targets: Tensor, docs: Tensor, count: int) -> Tensor:
-    """targets, docs [B, T] -> [B, T, count]: the next token, the one after it, ...; -1 where there
-    is none within the row and what the document's own tokens predict."""
-    out = [targets]
-    for k in range(1, count):
-        counts = (docs[:, k:] == docs[:, :-k]) & (targets[:, :-k] >= 0)
-        out.append(F.pad(torch.where(counts, targets[:, k:], -1), (0, k), value=-1))
-    return torch.stack(out, dim=-1)
-
-
-def losses_and_grad(
-    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept.
-
-    targets [N], or [N, K] and weights [K] (record 53): then the gradient is that of the weighted
-    sum of K losses, and `losses` is still the first, without its weight.
-    """
+def losses_and_grad(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
     logits = softcap(z, cap)
     total = log_partition(logits, cap)
-    targets = targets[:, None] if weights is None else targets
+    targets = targets[:, None]
     valid = targets >= 0
-    hit = logits.gather(1, targets[:, :1].clamp(min=0))
-    losses = torch.where(valid[:, 0], (total - hit)[:, 0], 0.0)
-    share = valid.float() if weights is None else valid * weights
-    columns = torch.arange(z.size(1), device=z.device)
-    grad = torch.exp(logits - total) * share.sum(1, keepdim=True)
-    for target, weight in zip(targets.split(1, dim=1), share.split(1, dim=1), strict=True):
-        grad = grad - torch.where(columns == target, weight, 0.0)
+    hit = logits.gather(1, targets.clamp(min=0))
+    losses = torch.where(valid, total - hit, 0.0)[:, 0]
+    columns, counts = torch.arange(z.size(1), device=z.device), valid.float()
+    grad = torch.exp(logits - total) * counts - torch.where(columns == targets, counts, 0.0)
     if cap:
         top, _, width = cap_constants(cap)
         grad = grad * (logits * (1 / width) * (1 - logits / top))
     return losses, grad
 
 
-def grad_in(
-    z: Tensor, targets: Tensor, scale: Tensor, cap: Cap, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
-    losses, g = losses_and_grad(z, targets, cap, weights)
+    losses, g = losses_and_grad(z, targets, cap)
     return losses, (g * scale).to(z.dtype)
 
 
-def grad_in_fp8(
-    z: Tensor, targets: Tensor, cap: Cap, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def grad_in_fp8(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
-    losses, g = losses_and_grad(z, targets, cap, weights)
+    losses, g = losses_and_grad(z, targets, cap)
     return losses, to_fp8(g, G8_SCALE, E5M2)
 
 
@@ -907,16 +888,14 @@ class Head:
         else:
             self._cast = (self.weight.to(self.dtype),)
 
-    def piece(self, h: Tensor, targets: Tensor, scale: Tensor, weights) -> tuple[Tensor, Tensor]:
+    def piece(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
         (w,) = self._cast
-        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, weights)
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
         self.add_to_grad(g.t() @ h)
         return losses, g @ w
 
-    def piece_fp8(
-        self, h: Tensor, targets: Tensor, scale: Tensor, weights
-    ) -> tuple[Tensor, Tensor]:
+    def piece_fp8(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
@@ -925,9 +904,9 @@ class Head:
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
         if self.fused and len(z) % 2 == 0:
-            losses, g8, g8t = loss_and_grad(z, targets, weights, *cap_constants(self.cap))
+            losses, g8, g8t = loss_and_grad(z, targets, *cap_constants(self.cap))
         else:
-            losses, g8 = self._grad(z, targets, self.cap, weights)
+            losses, g8 = self._grad(z, targets, self.cap)
             g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         x8t = self._transposed_x(x8)
@@ -942,14 +921,11 @@ class Head:
             self.weight.grad.add_(dw)
 
     @torch.no_grad()
-    def backward(
-        self, h: Tensor, targets: Tensor, scale: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad. With
-        weights [K] targets are [N, K], as in `losses_and_grad`."""
+    def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad."""
         run = self.piece_fp8 if self.fp8 else self.piece
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        losses, grads = zip(*(run(x, t, scale, weights) for x, t in pairs), strict=True)
+        losses, grads = zip(*(run(x, t, scale) for x, t in pairs), strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
@@ -2823,7 +2799,7 @@ def load_model(
     """A trained GPT (or variant, `make`) from a run or checkpoint folder, ready for `model.logits`;
     and its meta."""
     state, meta = load_checkpoint(path)
-    cfg = config_from_flat(meta["config"])
+    cfg = config_from_flat(meta["config"], path)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = (make or GPT)(cfg.model, max_length, dtype)
     model.load_state_dict(state["model"])
@@ -3135,19 +3111,15 @@ class Trainer:
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
         self.head.prepare()
         scale = LOSS_SCALE / counted
-        total, weights = torch.zeros((), device=device), None
-        if step.ahead:
-            weights = on_device(torch.tensor(step.ahead), device)
+        total = torch.zeros((), device=device)
         both = self.windows(step.window)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         for part in batch.split(rows):
             window = self.window_of(both, part.docs)
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
-            flat, targets = h.detach().flatten(0, 1), part.targets
-            if step.ahead:
-                targets = later_targets(targets, part.docs, len(step.ahead))
-            losses, grad = self.head.backward(flat, targets.flatten(0, 1), scale, weights)
+            flat = h.detach().flatten(0, 1)
+            losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
             h.backward(grad.view_as(h))
             total += losses.sum() / counted
         return total
@@ -3595,7 +3567,7 @@ class Run:
         free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
         # A setting that the checkpoint is too old to know was off, as its default is or was.
         off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
-        mine, saved = self.cfg.flat(), {**off, **meta["config"]}
+        mine, saved = self.cfg.flat(), {**off, **without_deleted(meta["config"], path)}
         differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
         if differ:
             said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
@@ -4054,9 +4026,7 @@ def sigmoid_of(z, shift, width):
 
 
 @jit
-def loss_rows(
-    z, targets, losses, totals, V, top, shift, width, AHEAD: tl.constexpr, CHUNK: tl.constexpr
-):
+def loss_rows(z, targets, losses, totals, V, top, shift, width, CHUNK: tl.constexpr):
     """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]."""
     row = tl.program_id(0).to(tl.int64)
     z += row * V
@@ -4067,14 +4037,14 @@ def loss_rows(
         below = (sigmoid_of(x, shift, width) - 1) * (top * 1.4426950408889634)
         sums += tl.where(columns < V, tl.exp2(below), 0.0)
     total = top + tl.log(tl.sum(sums))
-    target = tl.load(targets + row * AHEAD)
+    target = tl.load(targets + row)
     hit = top * sigmoid_of(tl.load(z + tl.maximum(target, 0)).to(tl.float32), shift, width)
     tl.store(totals + row, total)
     tl.store(losses + row, tl.where(target >= 0, total - hit, 0.0))
 
 
 @jit
-def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.constexpr):
+def grad_of(z, targets, totals, rows, columns, N, V, cap):
     """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32. What depends
     on the row alone is multiplied there."""
     top, shift, width, scale = cap
@@ -4083,14 +4053,9 @@ def grad_of(z, targets, weights, totals, rows, columns, N, V, cap, AHEAD: tl.con
     s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
     total = tl.load(totals + rows, rows < N, 0.0) * 1.4426950408889634
     p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
-    share = tl.zeros_like(total)
-    hits = tl.zeros_like(p)
-    for i in tl.static_range(AHEAD):
-        target = tl.load(targets + rows * AHEAD + i, rows < N, -1).to(tl.int32)
-        weight = tl.load(weights + i) * (top / width * scale)
-        weight = tl.where(target >= 0, weight, 0.0)
-        share += weight
-        hits += tl.where(columns[None, :] == target[:, None], weight[:, None], 0.0)
+    target = tl.load(targets + rows, rows < N, -1).to(tl.int32)
+    share = tl.where(target >= 0, top / width * scale, 0.0)
+    hits = tl.where(columns[None, :] == target[:, None], share[:, None], 0.0)
     return (p * share[:, None] - hits) * (s * (1 - s))
 
 
@@ -4116,7 +4081,6 @@ def pair_of(low, high):
 def grad_tiles(
     z,
     targets,
-    weights,
     totals,
     grad,
     turned,
@@ -4126,7 +4090,6 @@ def grad_tiles(
     shift,
     width,
     scale,
-    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -4144,8 +4107,8 @@ def grad_tiles(
     columns = place // height * COLUMNS + tl.arange(0, COLUMNS)
     N = 2 * PAIRS
     cap = (top, shift, width, scale)
-    low = grad_of(z, targets, weights, totals, 2 * pairs, columns, N, V, cap, AHEAD)
-    high = grad_of(z, targets, weights, totals, 2 * pairs + 1, columns, N, V, cap, AHEAD)
+    low = grad_of(z, targets, totals, 2 * pairs, columns, N, V, cap)
+    high = grad_of(z, targets, totals, 2 * pairs + 1, columns, N, V, cap)
     pair = pair_of(low, high)
     inside = (pairs < PAIRS)[:, None] & (columns < V)[None, :]
     at = pairs.to(tl.int64)[:, None] * (2 * V) + columns[None, :]
@@ -4157,32 +4120,31 @@ def grad_tiles(
 
 @torch.library.custom_op("nca::loss_and_grad", mutates_args=())
 def loss_and_grad(
-    z: Tensor, targets: Tensor, weights: Tensor | None, top: float, shift: float, width: float
+    z: Tensor, targets: Tensor, top: float, shift: float, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, V], N even -> (losses [N], grad [N, V], grad^T [V, N]), gradients / G8_SCALE in e5m2:
     what `grad_in_fp8` and `transposed` give, in one pass for the sums and one for the gradient.
 
-    targets [N] int64, or [N, K] with weights [K] fp32; top, shift, width: `cap_constants`.
+    targets [N] int64; top, shift, width: `cap_constants`.
     """
     assert z.is_contiguous() and targets.is_contiguous(), (z.stride(), targets.stride())
-    (n, v), ahead = z.shape, 1 if weights is None else weights.numel()
+    n, v = z.shape
     assert n % 2 == 0, n
-    weights = z.new_ones(1, dtype=torch.float32) if weights is None else weights
     losses, totals = (z.new_empty(n, dtype=torch.float32) for _ in range(2))
     grad, turned = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
     cap = (top, shift, width)
     block, warps = ROW_BLOCK
-    loss_rows[(n,)](z, targets, losses, totals, v, *cap, ahead, block, num_warps=warps)
+    loss_rows[(n,)](z, targets, losses, totals, v, *cap, block, num_warps=warps)
     rows, columns, group, warps, registers = GRAD_TILE
     tiles = triton.cdiv(v, columns) * triton.cdiv(n, rows)
     outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
-    how, limits = (ahead, rows, columns, group), {"num_warps": warps, "maxnreg": registers}
-    grad_tiles[(tiles,)](z, targets, weights, totals, *outs, *how, **limits)
+    how, limits = (rows, columns, group), {"num_warps": warps, "maxnreg": registers}
+    grad_tiles[(tiles,)](z, targets, totals, *outs, *how, **limits)
     return losses, grad, turned
 
 
 @loss_and_grad.register_fake
-def _(z, targets, weights, top, shift, width):
+def _(z, targets, top, shift, width):
     n, v = z.shape
     grads = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
     return z.new_empty(n, dtype=torch.float32), *grads
@@ -4197,7 +4159,7 @@ def probe_loss(device: torch.device) -> str:
     z = 8 * torch.randn(256, 512, generator=gen, device=device, dtype=torch.bfloat16)
     targets = torch.randint(-1, 512, (256,), generator=gen, device=device)
     try:
-        losses, grad, turned = loss_and_grad(z, targets, None, *cap_constants(30.0))
+        losses, grad, turned = loss_and_grad(z, targets, *cap_constants(30.0))
         want, exact = losses_and_grad(z, targets, 30.0)
         # torch compares no FP8 numbers, and a transpose has the same bytes.
         if not torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8)):

@@ -139,7 +139,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
         **{"save_every": 0, "save_final": False, "keep": 1, "resume": "", "require_gpu": False},
     }
-    return T.config_from_flat(start.meta["config"]).with_(**changes)
+    return T.config_from_flat(start.meta["config"], start.path).with_(**changes)
 
 
 @dataclass(frozen=True)

@@ -135,30 +135,25 @@ def bench_mlp(tokens: int) -> None:
     row("MLP, forward, 3072", *in_turns(lambda: forward(0), lambda: forward(1)), flops, "TFLOP/s")
 
 
-def bench_loss(rows: int, ahead: int) -> None:
+def bench_loss(rows: int) -> None:
     """Loss and gradient of a piece of the head; `now`: its two graphs."""
-    z = rand(rows, VOCAB, std=3.0)
-    shape = (rows, ahead) if ahead > 1 else (rows,)
-    targets = torch.randint(50_257, shape, device=DEVICE)
-    weights = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)[:ahead] if ahead > 1 else None
+    z, targets = rand(rows, VOCAB, std=3.0), torch.randint(50_257, (rows,), device=DEVICE)
     grad, turn = compiled(T.grad_in_fp8), compiled(T.transposed)
     cap = T.cap_constants(30.0)
 
     def now() -> None:
-        turn(grad(z, targets, 30.0, weights)[1])
+        turn(grad(z, targets, 30.0)[1])
 
-    g8 = grad(z, targets, 30.0, weights)[1]
-    times = in_turns(now, lambda: T.loss_and_grad(z, targets, weights, *cap))
-    name = f"loss and gradient, {ahead} target" + "s" * (ahead > 1)
-    row(name, *times, z.nbytes * 2e3, "GB/s")
-    parts = in_turns(lambda: grad(z, targets, 30.0, weights), lambda: turn(g8))
+    g8 = grad(z, targets, 30.0)[1]
+    times = in_turns(now, lambda: T.loss_and_grad(z, targets, *cap))
+    row("loss and gradient", *times, z.nbytes * 2e3, "GB/s")
+    parts = in_turns(lambda: grad(z, targets, 30.0), lambda: turn(g8))
     print(f"    now: loss and gradient {parts[0]:.3f} ms, transpose {parts[1]:.3f} ms", flush=True)
-    if ahead == 1:
-        sums = torch.empty(2, rows, device=DEVICE)
-        block, warps = T.ROW_BLOCK
-        args = (z, targets, *sums, VOCAB, *cap, 1, block)
-        (first,) = in_turns(lambda: T.loss_rows[(rows,)](*args, num_warps=warps))
-        print(f"    kernel: sums {first:.3f} ms, the rest is the gradient's pass", flush=True)
+    sums = torch.empty(2, rows, device=DEVICE)
+    block, warps = T.ROW_BLOCK
+    args = (z, targets, *sums, VOCAB, *cap, block)
+    (first,) = in_turns(lambda: T.loss_rows[(rows,)](*args, num_warps=warps))
+    print(f"    kernel: sums {first:.3f} ms, the rest is the gradient's pass", flush=True)
 
 
 def bench_head(rows: int) -> None:
@@ -186,7 +181,7 @@ def sweep(tokens: int, rows: int) -> None:
         before = getattr(T, name)
         setattr(T, name, value)
         try:
-            T.loss_and_grad(z, targets, None, *cap)
+            T.loss_and_grad(z, targets, *cap)
         finally:
             setattr(T, name, before)
 
@@ -228,8 +223,7 @@ def main() -> None:
     for width in args.widths:
         bench_products(args.tokens, width)
     bench_mlp(args.tokens)
-    bench_loss(args.rows, 1)
-    bench_loss(args.rows, 3)
+    bench_loss(args.rows)
     bench_head(args.rows)
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 

@@ -327,24 +327,41 @@ def test_other_kernels_are_refused(whole, text_data, tmp_path, name):
         trainer.run()
 
 
-def drop_settings(checkpoint, *names) -> None:
-    """The checkpoint as one was saved before these settings existed."""
+def change_settings(checkpoint, *lacks, **has) -> None:
+    """The checkpoint as one was saved before some settings existed, or while others did."""
     meta = json.loads((checkpoint / "meta.json").read_text())
-    for name in names:
+    for name in lacks:
         del meta["config"][name]
+    meta["config"] |= has
     (checkpoint / "meta.json").write_text(json.dumps(meta))
     (checkpoint / "DONE").write_text(T.sha256(checkpoint / "meta.json"))
 
 
 def test_what_an_old_checkpoint_lacks_was_off(whole, text_data, tmp_path, capsys):
     run = copy_until(whole, tmp_path, 4)
-    drop_settings(run / "ckpt/step_00000004", "smear", "selective")
+    change_settings(run / "ckpt/step_00000004", "smear", "selective")
     assert T.main([*argv_of(text_data, tmp_path, smear=True), "--resume", str(run)]) == 2
     assert "smear False, now True" in capsys.readouterr().err
-    drop_settings(run / "ckpt/step_00000004", "mlp_kernel")  # on by default, and was not
+    change_settings(run / "ckpt/step_00000004", "mlp_kernel")  # on by default, and was not
     on = [*argv_of(text_data, tmp_path, mlp_kernel=True), "--resume", str(run)]
     assert T.main(on) == 2 and "mlp_kernel False, now True" in capsys.readouterr().err
     T.train(config(text_data, tmp_path, resume=str(run), mlp_kernel=False))
+    assert without_times(run) == without_times(whole)
+
+
+def test_a_setting_that_was_deleted_since_must_have_been_off(whole, text_data, tmp_path, capsys):
+    """Resumed or only loaded; refused before the logs are touched."""
+    run = copy_until(whole, tmp_path, 4)
+    folder, argv = run / "ckpt/step_00000004", argv_of(text_data, tmp_path)
+    change_settings(folder, mtp=True)
+    assert T.main([*argv, "--resume", str(run)]) == 2
+    assert f"{folder} has mtp True, which was deleted since: use" in capsys.readouterr().err
+    assert without_times(run) == without_times(whole)
+    with pytest.raises(T.InputError, match=f"^{run} has mtp True, which was deleted since: use"):
+        T.load_model(run)
+    change_settings(folder, mtp=False, fused_update=True)
+    T.load_model(run)
+    T.train(config(text_data, tmp_path, resume=str(run)))
     assert without_times(run) == without_times(whole)
 
 

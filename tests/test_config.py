@@ -284,6 +284,14 @@ def test_stages_keep_their_shares_in_flat():
     assert T.plan_steps(again, 10**8) == T.plan_steps(cfg, 10**8)
 
 
+def test_what_was_deleted_is_read_where_it_was_off():
+    cfg = T.make_config("demo")
+    assert T.config_from_flat({**cfg.flat(), **T.DELETED}) == cfg
+    assert not set(T.DELETED) & set(T.FLAGS)
+    with pytest.raises(T.InputError, match="the config has mtp True, which was deleted since"):
+        T.config_from_flat({**cfg.flat(), "mtp": True})
+
+
 def test_the_command_line_is_the_config():
     argv = ["--preset", "demo", "--arm", "diff_v2,form=light+,mlp_layers=0+3,lambda_bias=-2"]
     argv += ["--no-gate", "--tokens", "1_000", "--stages", "0.5:512:1:128+0.5:1024:0.5:128-256"]
@@ -308,10 +316,10 @@ def test_the_command_line_is_the_config():
 
 def test_an_arm_may_carry_settings_of_the_optimizer():
     """What compare's ablations are made of; the arm's own keys win over flags."""
-    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,bigram=640,mtp=true", "--normuon", "0.5"])
-    assert (cfg.optim.normuon, cfg.model.bigram, cfg.schedule.mtp) == (0.95, 640, True)
+    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,bigram=640,fp8=false", "--normuon", "0.5"])
+    assert (cfg.optim.normuon, cfg.model.bigram, cfg.run.fp8) == (0.95, 640, False)
     assert T.config_from_flat(cfg.flat()) == cfg
-    plain = T.parse_args(["--bigram", "640", "--mtp", "--normuon", "0.95"])
+    plain = T.parse_args(["--bigram", "640", "--no-fp8", "--normuon", "0.95"])
     assert cfg.with_(arm="softmax") == plain
     with pytest.raises(T.InputError, match="'tokens=5' is no key=value of model or optimizer"):
         T.parse_args(["--arm", "softmax,tokens=5"])

@@ -33,7 +33,7 @@ IDEAS = {
     "mudd": {"mudd": True},
     "tie": {"tie": True},
 }
-TRAINING = {"mtp": {"mtp": True}, "optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
+TRAINING = {"optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
 TRAINING |= {"adam every 2": {"adam_every": 2}, "cautious Adam": {"cautious_adam_wd": 0.005}}
 TRAINING["betas"] = {"head_betas": (0.5, 0.95), "value_betas": (0.75, 0.95)}
 TRAINING["betas"] |= {"scalar_betas": (0.9, 0.99)}
@@ -459,89 +459,6 @@ def test_fp8_weights_of_the_shifted_cap_have_room():
     head.prepare()
     assert head._cast[0].float().max() * head.w8_scale == pytest.approx(1.6, rel=0.07)
     assert T.Head(weight, 30.0, torch.bfloat16, True, False).w8_scale == T.W8_SCALE
-
-
-# ---- the next tokens' losses --------------------------------------------------------------------
-
-
-def test_weights_by_thirds():
-    near = pytest.approx
-    assert T.ahead_weights(0.0) == (1.0, 0.5, 0.25)
-    assert T.ahead_weights(1 / 6) == near((1.0, 0.5, 0.125))
-    assert T.ahead_weights(0.5) == near((1.0, 0.25, 0.0))
-    assert T.ahead_weights(0.99) == (1.0, 0.0, 0.0)
-    cfg = T.make_config("speedrun", mtp=True)
-    steps = T.plan_steps(cfg, 120 * 262_144)
-    last = [max(s.ahead[k] for s in steps if s.stage == 2) for k in (1, 2)]
-    assert last == [0, 0] and all(s.ahead[2] == 0 for s in steps if s.stage == 1)
-    assert {s.ahead for s in T.plan_steps(cfg.with_(mtp=False), 120 * 262_144)} == {()}
-
-
-def test_later_targets():
-    tokens, docs = rows_of_text()
-    stream = torch.cat([tokens, torch.full((2, 1), 60)], dim=1).long()
-    targets = stream[:, 1:].clone()
-    targets[1, 3] = -1  # as a loss mask has it
-    got, (batch, length) = T.later_targets(targets, docs, 3), docs.shape
-    for b in range(batch):
-        for t in range(length):
-            for k in range(3):
-                there = t + k < length and docs[b, t + k] == docs[b, t] and targets[b, t] >= 0
-                want = targets[b, t + k] if there else -1
-                assert got[b, t, k] == want, (b, t, k)
-
-
-@pytest.mark.parametrize("cap", [30.0, 0.0, T.SHIFTED_CAP])
-def test_gradient_of_several_targets_equals_autograd(cap):
-    gen = torch.Generator().manual_seed(0)
-    z = (3 * torch.randn(40, 96, generator=gen, dtype=torch.float64)).requires_grad_()
-    targets = torch.randint(96, (40, 3), generator=gen)
-    targets[::3, 2] = -1
-    targets[::4, 1:] = -1
-    targets[::7] = -1
-    targets[5, :] = 9  # thrice the same
-    weights = torch.tensor([1.0, 0.5, 0.1])
-    top, shift, width = T.cap_constants(cap) if cap else (0, 0, 0)
-    logits = top * torch.sigmoid((z + shift) / width) if cap else z
-    each = [
-        torch.nn.functional.cross_entropy(logits, t.clamp(min=0), reduction="none") * (t >= 0)
-        for t in targets.unbind(1)
-    ]
-    (want,) = torch.autograd.grad(sum(w * e.sum() for w, e in zip(weights, each)), z)
-    losses, grad = T.losses_and_grad(z.detach().float(), targets, cap, weights)
-    torch.testing.assert_close(losses.double(), each[0].detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-6)
-    alone = T.losses_and_grad(z.detach().float(), targets[:, 0], cap)
-    first = T.losses_and_grad(z.detach().float(), targets[:, :1], cap, torch.ones(1))
-    assert torch.equal(first[0], alone[0]) and torch.equal(first[1], alone[1])
-
-
-def test_head_in_pieces_with_several_targets(monkeypatch):
-    gen = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(0.1 * torch.randn(48, 16, generator=gen))
-    h, targets = torch.randn(20, 16, generator=gen), torch.randint(48, (20, 3), generator=gen)
-    weights = torch.tensor([1.0, 0.5, 0.25])
-    out = {}
-    for piece in (6, 1000):
-        monkeypatch.setattr(T, "HEAD_PIECE", piece)
-        weight.grad = torch.zeros_like(weight)
-        head = T.Head(weight, 30.0, torch.float32, False, False)
-        head.prepare()
-        out[piece] = (*head.backward(h, targets, torch.tensor(2.0), weights), weight.grad)
-    for a, b in zip(out[6], out[1000], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_logged_loss_is_the_next_tokens_alone(text_data, tmp_path):
-    """At step 1 nothing has been learned: the logged losses with and without are equal, and the
-    weights change the gradient's norm."""
-    logs = {}
-    for mtp in (False, True):
-        T.train(H.tiny(text_data, tmp_path, mtp=mtp, run_id=f"mtp {mtp}".replace(" ", "-")))
-        logs[mtp] = H.read_log(tmp_path / f"mtp-{mtp}", "step")
-    assert logs[True][0]["loss"] == logs[False][0]["loss"]
-    assert logs[True][0]["grad_norm"] > 1.1 * logs[False][0]["grad_norm"]
-    assert logs[True][1]["loss"] != logs[False][1]["loss"]
 
 
 # ---- one activation for later attention ---------------------------------------------------------

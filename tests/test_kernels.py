@@ -51,17 +51,14 @@ def with_gradients(call, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
-def loss_case(rows: int, vocab: int, ahead: int, dtype=torch.bfloat16, device="cpu"):
-    """(logits, targets with some masked, weights or None)."""
+def loss_case(rows: int, vocab: int, dtype=torch.bfloat16, device="cpu"):
+    """(logits, targets with some masked)."""
     z = rand(rows, vocab, seed=5, std=8.0, dtype=dtype, device=device)
     gen = torch.Generator().manual_seed(6)
-    targets = torch.randint(vocab, (rows, ahead), generator=gen)
-    targets[torch.rand(rows, ahead, generator=gen) < 0.1] = -1
-    targets[0], targets[1, 0], targets[2] = -1, 0, vocab - 1
-    targets = targets.to(device)
-    if ahead == 1:
-        return z, targets[:, 0].contiguous(), None
-    return z, targets, torch.tensor([1.0, 0.5, 0.25], device=device)[:ahead]
+    targets = torch.randint(vocab, (rows,), generator=gen)
+    targets[torch.rand(rows, generator=gen) < 0.1] = -1
+    targets[0], targets[1], targets[2] = -1, 0, vocab - 1
+    return z, targets.to(device)
 
 
 def release(module) -> tuple[int, ...]:
@@ -130,8 +127,7 @@ def test_interpreted_ops_are_registered(cast_by_bits):
     inputs, grad = mlp_case(24, 40, 16)
     opcheck(T.fused_mlp, inputs)
     opcheck(T.mlp_back, (grad, inputs[2].detach(), rand(24, 40).square()))
-    z, targets, weights = loss_case(6, 48, 3)
-    opcheck(T.loss_and_grad, (z, targets, weights, *T.cap_constants(30.0)))
+    opcheck(T.loss_and_grad, (*loss_case(6, 48), *T.cap_constants(30.0)))
 
 
 @T.jit
@@ -155,13 +151,13 @@ def cast_by_bits(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize(
-    "cap, rows, vocab, ahead", [*((cap, 6, 48, 1) for cap in CAPS), (CAPS[1], 134, 2096, 3)]
+    "cap, rows, vocab", [*((cap, 6, 48) for cap in CAPS), (CAPS[1], 134, 2096)]
 )
-def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, ahead):
+def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab):
     """Both caps; rows and columns that fill no tile, masked targets, the first and last column."""
-    z, targets, weights = loss_case(rows, vocab, ahead)
-    losses, grad, turned = T.loss_and_grad(z, targets, weights, *T.cap_constants(cap))
-    want, exact = T.losses_and_grad(z, targets, cap, weights)
+    z, targets = loss_case(rows, vocab)
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap))
+    want, exact = T.losses_and_grad(z, targets, cap)
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     rounded = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
@@ -176,7 +172,7 @@ def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
     """Whole groups of tiles, one that is cut short, and none."""
     monkeypatch.setattr(T, "GRAD_TILE", tile)
     monkeypatch.setattr(T, "ROW_BLOCK", (64, 4))
-    test_interpreted_loss_and_gradient(None, 30.0, 134, 144, 1)
+    test_interpreted_loss_and_gradient(None, 30.0, 134, 144)
 
 
 # ---- where the kernels do not run ---------------------------------------------------------------
@@ -234,8 +230,8 @@ def test_without_triton(monkeypatch):
 # ---- the probes ---------------------------------------------------------------------------------
 
 
-def plain_loss(z, targets, weights, *cap):
-    losses, grad = T.grad_in_fp8(z, targets, cap, weights)
+def plain_loss(z, targets, *cap):
+    losses, grad = T.grad_in_fp8(z, targets, cap)
     return losses, grad, T.transposed(grad)
 
 
@@ -421,20 +417,18 @@ def test_gpu_mlp_compiled():
 @gpu
 @here
 @pytest.mark.parametrize("cap", CAPS)
-@pytest.mark.parametrize(
-    "rows, vocab, ahead", [(16_384, 50_304, 1), (1026, 50_304, 3), (130, 272, 2)]
-)
-def test_gpu_loss_and_gradient(cap, rows, vocab, ahead):
-    z, targets, weights = loss_case(rows, vocab, ahead, device=CUDA)
-    losses, grad, turned = T.loss_and_grad(z, targets, weights, *T.cap_constants(cap))
+@pytest.mark.parametrize("rows, vocab", [(16_384, 50_304), (1026, 50_304), (130, 272)])
+def test_gpu_loss_and_gradient(cap, rows, vocab):
+    z, targets = loss_case(rows, vocab, device=CUDA)
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap))
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     some = slice(None, 1026)
-    want, exact = T.losses_and_grad(z[some], targets[some], cap, weights)
+    want, exact = T.losses_and_grad(z[some], targets[some], cap)
     torch.testing.assert_close(losses[some], want, rtol=1e-4, atol=1e-4)
     plain = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
     assert (grad[some].float() != plain).float().mean() < 1e-3, "beyond what rounding decides"
     assert error(grad[some].float() * T.G8_SCALE, exact) < 0.1
-    masked = (targets if ahead == 1 else targets.amax(1)) < 0
+    masked = targets < 0
     assert (losses[masked] == 0).all() and (grad[masked].float() == 0).all()
 
 
@@ -442,10 +436,10 @@ def test_gpu_loss_and_gradient(cap, rows, vocab, ahead):
 @here
 def test_gpu_loss_keeps_nan():
     """What is not finite must reach the loss and the gradient, or no one would notice."""
-    z, targets, _ = loss_case(256, 1024, 1, device=CUDA)
+    z, targets = loss_case(256, 1024, device=CUDA)
     z[7, 11] = float("nan")
     targets[7] = 3
-    losses, grad, turned = T.loss_and_grad(z, targets, None, *T.cap_constants(30.0))
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(30.0))
     assert (
         losses[7].isnan() and grad[7].float().isnan().all() and turned[:, 7].float().isnan().all()
     )
@@ -454,18 +448,17 @@ def test_gpu_loss_keeps_nan():
 
 @gpu
 @here
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_gpu_head(ahead):
+def test_gpu_head():
     """Pieces of the head with the kernels and without: losses, dh, dw."""
     h = T.norm(rand(20_480, 768, dtype=torch.bfloat16, device=CUDA))
     weight = rand(50_304, 768, seed=1, std=0.05, device=CUDA)
-    _, targets, weights = loss_case(20_480, 50_304, ahead, device=CUDA)
+    _, targets = loss_case(20_480, 50_304, device=CUDA)
     scale, results = torch.full((), 3.0, device=CUDA), []
     for fused in (False, True):
         head = T.Head(torch.nn.Parameter(weight), 30.0, torch.bfloat16, True, False, fused)
         head.weight.grad = torch.zeros_like(weight)
         head.prepare()
-        results.append((*head.backward(h, targets, scale, weights), head.weight.grad))
+        results.append((*head.backward(h, targets, scale), head.weight.grad))
     far = [error(f, p) for p, f in zip(*results, strict=True)]
     print(far)
     assert far[0] < 1e-5 and max(far) < 5e-3

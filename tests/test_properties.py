@@ -81,8 +81,8 @@ def flags(draw, name: str) -> tuple[str, bool]:
     if kind == "tuple[int, ...]":
         return draw(st.lists(st.integers(-1, 14), max_size=4).map(T.format_value)), False
     value = draw({"int": INTS, "float": FLOATS}[kind])
-    negative = name not in ("lambda_bias", "backout") and value < 0
-    return str(value), negative or (kind == "float" and not math.isfinite(value))
+    low = value < T.LEAST.get(name, 0)
+    return str(value), low or (kind == "float" and not math.isfinite(value))
 
 
 VALUED = sorted(name for name, (_, f) in T.FLAGS.items() if f.type != "bool")
