@@ -30,6 +30,17 @@ def bits_a_byte(nats: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
     return -np.asarray(nats, np.float64) / math.log(2) / np.asarray(sizes, np.float64)
 
 
+def parts(
+    nats: Sequence[Sequence[float]], right: Sequence[int], sizes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits a byte of N right answers in two summands, [N] each: of any of an item's options, and of
+    the right one given that it is one of them. `nats`: log-likelihoods of each item's options."""
+    known = [np.logaddexp.reduce(np.asarray(options, np.float64)) for options in nats]
+    of_right = [options[i] for options, i in zip(nats, right)]
+    any_of_them = bits_a_byte(known, sizes)
+    return any_of_them, bits_a_byte(of_right, sizes) - any_of_them
+
+
 def scored_bytes(context: str, answer: str) -> int:
     """Bytes of what is scored: the answer, and the white space that a context ends with, which the
     Evaluation Harness moves into it, so that tokens are not torn apart."""

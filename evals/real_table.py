@@ -6,8 +6,9 @@ results folders alone.
 A results folder is a sitting. Arms are compared within one sitting and one pretraining seed only,
 each with the first arm of the recipe, paired item by item; where several seeds were trained, their
 differences are pooled. Sittings with other recipes or other code go into tables of their own. A
-difference is called noise unless every interval that there is leaves 0 out. Without scipy or
-matplotlib there is no table: ./run.sh records has both.
+difference is called noise unless every interval that there is leaves 0 out, and is said to rest on
+tuning seeds alone where none is over items. Without scipy or matplotlib there is no table:
+./run.sh records has both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import shlex
 import shutil
 import statistics
 import sys
@@ -36,6 +38,8 @@ from records import plots, stats
 ENOUGH = 3  # pretraining seeds an arm, below which nothing is said of architectures
 NUMBERS = {1: "One", 2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
 CHANCE = {"csqa_cloze": 20.0, "csqa_head": 20.0}
+DOMAIN = "F1 "  # figures of one of CoQA's sources begin so
+SEEDS_ALONE = "clear over seeds alone"
 
 
 # ---- What is there ------------------------------------------------------------------------------
@@ -174,25 +178,45 @@ def checkpoints(sittings: list[Sitting]) -> list[dict]:
             whose, run = files["train"]["checkpoint"], files["train"]["result"]
             env = run["env"]
             row = {"sitting": block.number, **whose, "tokens": run["tokens"], **run["losses"]}
-            row |= {"train_s": run["train_s"], "machine": f"{env['count']}x {env['gpu'] or 'CPU'}"}
+            row |= {name: run[name] for name in ("train_s", "compile_s", "peak_alloc", "params")}
+            row |= {"machine": f"{env['count']}x {env['gpu'] or 'CPU'}", "torch": env["torch"]}
             out.append(row | {"arm": arm, "log_h": run["log_h"]})
     return out
 
 
 def checkpoint_table(rows: list[dict]) -> str:
-    head = ["arm", "seed", "sitting", "tokens", "dev loss", "bits/byte", "train s"]
+    head = ["arm", "seed", "sitting", "tokens", "dev loss", "bits/byte", "train s", "GB"]
+    head += ["active M", "stored M"]
     lines = [
         [
             *(row["arm"], str(row["seed"]), str(row["sitting"]), f"{row['tokens']:,}"),
             f"{row['dev_loss']:.4f}",
             "-" if row["dev_bpb"] is None else f"{row['dev_bpb']:.4f}",
             f"{row['train_s']:.1f}",
-            row["machine"],
+            "-" if row["peak_alloc"] is None else f"{row['peak_alloc'] / 1e9:.1f}",
+            *(f"{row['params'][name] / 1e6:.1f}" for name in ("active_matmul", "stored")),
             f"`{row['parameters_sha256'][:12]}`",
         ]
         for row in rows
     ]
-    return grid([*head, "machine", "parameters"], lines)
+    return grid([*head, "parameters"], lines)
+
+
+def stages_of(block: Block) -> list[dict]:
+    """How long each stage's process took: it shared its device with others but for training."""
+    return [
+        {"stage": name, **{arm: files[name]["seconds"] for arm, files in block.arms.items()}}
+        for name in STAGES
+        if all(name in files for files in block.arms.values())
+    ]
+
+
+def stage_table(block: Block, rows: list[dict]) -> str:
+    lines = [
+        [row["stage"], STAGES[row["stage"]].does, *(f"{row[arm]:.0f}" for arm in block.arms)]
+        for row in rows
+    ]
+    return grid(["stage", "", *(f"{arm}, s" for arm in block.arms)], lines)
 
 
 def tuned_checkpoints(block: Block) -> list[dict]:
@@ -243,6 +267,52 @@ def harness_models(block: Block) -> list[dict]:
     return out
 
 
+def parts_rows(block: Block) -> list[dict]:
+    """What a difference in bits a byte consists of, where there are options: how expected any of
+    them is, and how expected the right one is among them. Two prompts' forms differ in the first,
+    what is known in the second."""
+    models = harness_models(block)
+    if not models or models[0]["name"] != block.base:
+        return []
+    by_arm = [
+        {(r["task"], r["shots"], r["bos"]): r for r in model["results"] if has_options(r)}
+        for model in models
+    ]
+    out = []
+    for model, found in zip(models[1:], by_arm[1:]):
+        for setting, result in found.items():
+            first = by_arm[0].get(setting)
+            if first is None or first["keys"] != result["keys"]:
+                continue
+            a, b = (
+                bits.parts(r["log_likelihoods"], r["right"], r["bytes"]) for r in (first, result)
+            )
+            row = dict(zip(("task", "shots", "bos"), setting)) | {"arm": model["name"]}
+            for name, x, y in zip(("any", "right"), a, b):
+                d = bits.difference(x, y)
+                row[name] = {**asdict(d), "noise": d.noise}
+            out.append(row)
+    return out
+
+
+def has_options(result: dict) -> bool:
+    return len(result.get("log_likelihoods", [[]])[0]) > 1
+
+
+def parts_table(base: str, rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        task = row["task"] if row["bos"] else f"{row['task']}, bare"
+        found = [
+            bits.Difference(*(row[part][k] for k in ("value", "low", "high", "n")))
+            for part in ("any", "right")
+        ]
+        line = [f"{task}, {row['shots']}-shot", f"{row['arm']} - {base}"]
+        lines.append(line + [score_table.shift(d, score_table.BITS) for d in found])
+    head = ["task", "arms", "any of the options [95 %]", "the right one, given the options [95 %]"]
+    return grid(head, lines)
+
+
 # ---- Tables: fine-tuning ------------------------------------------------------------------------
 
 
@@ -272,7 +342,7 @@ def tuned_rows(block: Block) -> list[Tuned]:
             out += [
                 tuned_row(block.base, form, name, found)
                 for name in names
-                if not name.startswith("F1 ")  # of a domain
+                if not name.startswith(DOMAIN)
             ]
     return out
 
@@ -318,7 +388,7 @@ def tuning_table(base: str, rows: list[Tuned]) -> str:
     head += [
         f"{other} - {base} {what}"
         for other in compared
-        for what in ("over seeds", "over items", "")
+        for what in ("over seeds", "over items", "is")
     ]
     lines = []
     for row in rows:
@@ -339,10 +409,55 @@ def tuning_table(base: str, rows: list[Tuned]) -> str:
 
 def difference_cells(d: dict) -> list[str]:
     items = "-" if d["items"] is None else interval(d["value"], *d["items"])
-    return [interval(d["value"], *d["seeds"]), items, "noise" if d["noise"] else "clear"]
+    return [interval(d["value"], *d["seeds"]), items, called(d)]
+
+
+def called(d: dict) -> str:
+    """What a difference of `tuned_difference` may be called."""
+    return "noise" if d["noise"] else SEEDS_ALONE if d["items"] is None else "clear"
+
+
+def domains_of(block: Block) -> list[dict]:
+    """F1 by CoQA's domain: for each arm before, mean and sd over tuning seeds, percent."""
+    out = []
+    for arm, result in block.results("coqa").items():
+        for form in result["results"]:
+            before = form["before"] or {}
+            out += [
+                {"arm": arm, "domain": name[len(DOMAIN) :], "before": before.get(name), **after}
+                for name, after in form["after"].items()
+                if name.startswith(DOMAIN)
+            ]
+    return out
+
+
+def domain_table(rows: list[dict]) -> str:
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["domain"], row["arm"]): row for row in rows}
+    lines = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        line = [domain]
+        for arm in arms:
+            row = cells.get((domain, arm))
+            before, sd = row and row["before"], row and row["sd"]
+            line.append("-" if before is None else f"{before:.2f}")
+            spread = "" if sd is None else f" ± {sd:.2f}"
+            line.append("-" if row is None else f"{row['mean']:.2f}{spread}")
+        lines.append(line)
+    head = [f"{arm}, {when}" for arm in arms for when in ("before", "after")]
+    return grid(["CoQA's domain, F1", *head], lines)
 
 
 # ---- Tables: the Evaluation Harness after tuning ------------------------------------------------
+
+
+def answers_after(result: dict) -> dict[tuple, dict[int, dict]]:
+    """{(task, bos): {tuning seed: its answers}} of a stage that asked what was tuned."""
+    out: dict[tuple, dict[int, dict]] = {}
+    for seed in result["seeds"]:
+        for found in seed["results"]:
+            out.setdefault((found["task"], found["bos"]), {})[seed["seed"]] = found
+    return out
 
 
 def after_rows(block: Block) -> list[dict]:
@@ -353,13 +468,65 @@ def after_rows(block: Block) -> list[dict]:
     for tuned in TUNED:
         for arm, result in block.results(f"{tuned}_after").items():
             before = {(r["task"], r["bos"]): r for r in zero.get(arm, {"results": []})["results"]}
-            after: dict[tuple, list[dict]] = {}
-            for seed in result["seeds"]:
-                for found in seed["results"]:
-                    after.setdefault((found["task"], found["bos"]), []).append(found)
-            for setting, found in after.items():
-                out += change_rows(tuned, arm, before.get(setting), found)
+            for setting, found in answers_after(result).items():
+                out += change_rows(tuned, arm, before.get(setting), [*found.values()])
     return out
+
+
+def after_differences(block: Block) -> list[dict]:
+    """What other arms do better or worse than the recipe's first one after tuning, where the items
+    are the same: as `tuned_difference`, over the tuning seeds that both have."""
+    out = []
+    for tuned in TUNED:
+        by_arm = {a: answers_after(r) for a, r in block.results(f"{tuned}_after").items()}
+        for other in others(block.base, by_arm):
+            for setting, found in by_arm[other].items():
+                first = by_arm[block.base].get(setting, {})
+                seeds = [seed for seed in found if seed in first]
+                pairs = [(first[seed], found[seed]) for seed in seeds]
+                if not pairs or any(a["keys"] != b["keys"] for a, b in pairs):
+                    continue
+                where = {"tuned": tuned, "arm": other, "task": setting[0], "bos": setting[1]}
+                for measure in found[seeds[0]]["values"]:
+                    if measure != "perplexity":
+                        d = after_difference(measure, pairs)
+                        out.append({**where, "measure": measure, "n": len(pairs), **d})
+    return out
+
+
+def after_difference(measure: str, pairs: list[tuple[dict, dict]]) -> dict:
+    """`pairs`: both arms' answers, a pair for each tuning seed. A measure's own unit."""
+    each = [statistics.fmean(b["values"][measure]) for _, b in pairs]
+    each = [y - statistics.fmean(a["values"][measure]) for y, (a, _) in zip(each, pairs)]
+    seeds = stats.mean_interval(each)
+    a, b = (np.mean([pair[i]["values"][measure] for pair in pairs], axis=0) for i in (0, 1))
+    items = bits.difference(a, b)
+    noise = items.noise or (len(each) > 1 and holds_zero(seeds.low, seeds.high))
+    return {
+        **{"value": items.value, "seeds": [seeds.low, seeds.high]},
+        **{"items": [items.low, items.high], "noise": noise},
+    }
+
+
+def after_differences_table(base: str, rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        raw = row["measure"] == score_table.BITS
+        factor, digits = (1, 4) if raw else (100, 2)
+        over_seeds, over_items = (
+            interval(row["value"] * factor, *(v and v * factor for v in row[what]), digits)
+            for what in ("seeds", "items")
+        )
+        task = row["task"] if row["bos"] else f"{row['task']}, bare"
+        lines.append(
+            [
+                *(row["tuned"], f"{row['arm']} - {base}", task, row["measure"], str(row["n"])),
+                *(over_seeds if row["n"] > 1 else "-", over_items),
+                "noise" if row["noise"] else "clear",
+            ]
+        )
+    head = ["tuned on", "arms", "task", "measure", "seeds", "over seeds", "over items", "is"]
+    return grid(head, lines)
 
 
 def change_rows(tuned: str, arm: str, before: dict | None, after: list[dict]) -> Iterator[dict]:
@@ -466,6 +633,56 @@ def verdict(sittings: list[Sitting]) -> str:
     )
 
 
+# ---- In short -----------------------------------------------------------------------------------
+
+
+def in_short(
+    block: Block, asked: list[score_table.Row], parts: list[dict], tuned: list[Tuned]
+) -> list[str]:
+    """A sentence a kind of figure for each arm against the first: what differs, and which way.
+    `asked`, `parts`, `tuned`: the block's rows before tuning, their parts, and of tuning."""
+    out, names = [], [model["name"] for model in harness_models(block)]
+    for other in others(block.base, block.arms):
+        a, b = (block.arms[arm]["train"]["checkpoint"]["dev_loss"] for arm in (block.base, other))
+        pair = f"{other} - {block.base}"
+        out.append(f"{pair}, dev loss: {b - a:+.4f} nats a token; one run each, so no interval.")
+        there = other in names and names[0] == block.base
+        column = names.index(other) - 1 if there else 0
+        rows = [row for row in asked if row.differences[column]] if there else []
+        for title, lead in (("bits a byte", True), ("scores, points", False)):
+            found = {
+                f"{r.label}{'' if lead else ' ' + r.measure} {r.shots}-shot": r.differences[column]
+                for r in rows
+                if (r.measure == score_table.BITS) == lead
+            }
+            factor, digits = (1, 3) if lead else (100, 2)
+            shown = {k: (d.value * factor, d.noise) for k, d in found.items()}
+            out += sentence(f"{pair} before tuning, {title}", shown, digits)
+        choice = {
+            f"{row['task']} {row['shots']}-shot": (row["right"]["value"], row["right"]["noise"])
+            for row in parts
+            if row["arm"] == other
+        }
+        out += sentence(f"{pair} before tuning, bits a byte given the options", choice, 3)
+        pairs = {
+            f"{row.form} {row.figure}": row.differences[other]
+            for row in tuned
+            if other in row.differences
+        }
+        both = {k: (d["value"], d["noise"]) for k, d in pairs.items() if d["items"]}
+        out += sentence(f"{pair} fine-tuned, points", both, 2)
+    return out
+
+
+def sentence(about: str, found: dict[str, tuple[float, bool]], digits: int) -> list[str]:
+    """`found`: {name: (value, noise)}. One sentence, or none where nothing was found."""
+    if not found:
+        return []
+    clear = [f"{name} {v:+.{digits}f}" for name, (v, noise) in found.items() if not noise]
+    said = f"{about}: {len(clear)} of {len(found)} clear of noise over items"
+    return [f"{said}{': ' * bool(clear)}{'; '.join(clear)}."]
+
+
 # ---- Plots --------------------------------------------------------------------------------------
 
 
@@ -495,10 +712,42 @@ def draw_bits(block: Block, out: Path) -> bool:
                 axis.plot(d.value, at, marker, color=colour, label=label, **style)
         axis.axvline(0, color=plots.LIGHT.muted, linewidth=0.8)
         axis.set_yticks(range(len(rows)), [f"{row.label}, {row.shots}-shot" for row in rows])
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.3, -1.4)  # room for the legend above the first task
         title = f"Bits a byte of the right answer, minus those of {plots.short(names[0])}"
         plots.say(axis, title, f"95 % over items; left is better ({block.title})", "")
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper left")
+        plots.save(figure, out)
+    return True
+
+
+def draw_looks(block: Block, out: Path) -> bool:
+    """Learning curves of tuning: the loss on answers held out, a line a seed, a mark where it was
+    kept."""
+    by_form: dict[str, dict[str, list[dict]]] = {}
+    for stage in TUNED:
+        for arm, result in block.results(stage).items():
+            for form in result["results"]:
+                by_form.setdefault(form["task"], {})[arm] = form["seeds"]
+    if not by_form:
+        return False
+    arms = tuple(block.arms)
+    with plots.style(plots.LIGHT):
+        figure, axes = plots.new_figure(len(by_form))
+        for axis, (form, found) in zip(axes, by_form.items()):
+            for arm, seeds in found.items():
+                colour, marker = plots.styles_of(arms)[arm]
+                for i, seed in enumerate(seeds):
+                    x, y = ([look[k] for look in seed["looks"]] for k in ("step", "nats"))
+                    label = plots.short(arm) if i == 0 else None
+                    axis.plot(x, y, color=colour, linewidth=1.0, label=label)
+                    kept = x.index(seed["best_step"])
+                    axis.plot(x[kept], y[kept], marker, color=colour)
+            by = block.results("coqa" if form == "coqa" else "csqa")
+            chosen = next(f for r in by.values() for f in r["results"] if f["task"] == form)
+            kept = {"nats": "loss"}.get(chosen["chosen_by"], chosen["chosen_by"])
+            title = f"{form}: each tuning seed; marks: kept, by held-out {kept} ({block.title})"
+            plots.say(axis, title, "step", "nats, answers held out")
+            axis.legend(frameon=False)
         plots.save(figure, out)
     return True
 
@@ -536,27 +785,43 @@ def draw_tuning(block: Block, out: Path) -> bool:
 # ---- The folder ---------------------------------------------------------------------------------
 
 
+PARTS = (
+    "What these differences in bits a byte consist of: how expected any of the options is, which "
+    "is a matter of the prompt's form, and how expected the right one is among them, which is what "
+    "scores are about. The two columns add up to the difference above."
+)
+AFTER_TUNING = (
+    "`seeds`: of tuning. `csqa`: its cloze form, in which the model learns to write an option's "
+    "text; the harness's commonsense_qa lists the options and asks for a letter, which was not "
+    "taught. The choice head writes no text."
+)
+
+
 def how_noise_is_called() -> str:
     return (
         "± is one standard deviation over tuning seeds, or a standard error over items where only "
         "one model answers. Intervals hold 95 %: over items by resampling them (stories, for "
         "CoQA), over tuning seeds by Student's t, paired by seed. `noise`: one of them holds 0, or "
-        "there is none. No correction is made for how many figures are looked at."
+        f"there is none; `{SEEDS_ALONE}`: there is none over items. No correction is made for how "
+        "many figures are looked at."
     )
 
 
 def block_text(block: Block, out: Path) -> tuple[str, dict]:
     """A block's part of README.md, and the same for programs; writes its plots."""
     text, said = f"\n## S{block.title[1:]}\n", {"sitting": block.number, "seed": block.seed}
+    models, parts, tuned = harness_models(block), parts_rows(block), tuned_rows(block)
+    rows = score_table.rows_of(models) if models else []
+    said["in_short"] = in_short(block, rows, parts, tuned)
+    text += "".join(f"\n- {line}" for line in said["in_short"]) + "\n"
     stem = f"s{block.number}_seed{block.seed}"
-    models = harness_models(block)
     if models:
-        rows = score_table.rows_of(models)
         text += f"\n### Evaluation Harness\n\n{score_table.render(models, rows)}"
-        said["harness"] = score_table.figures(models, rows)
+        said["harness"], said["parts"] = score_table.figures(models, rows), parts
+        if parts:
+            text += f"\n{PARTS}\n\n{parts_table(block.base, parts)}"
         if draw_bits(block, out / f"{stem}_bits"):
             text += f"\n![Bits a byte, task by task]({stem}_bits.svg)\n"
-    tuned = tuned_rows(block)
     if tuned:
         about = {
             form["task"]: form["about"]
@@ -567,16 +832,29 @@ def block_text(block: Block, out: Path) -> tuple[str, dict]:
         text += f"\n### Fine-tuning, percent\n\n{tuning_table(block.base, tuned)}\n"
         for form, facts in about.items():
             text += f"- {form}: trained on {facts['trained_on']}, scored on {facts['scored_on']}.\n"
-        said["tuning"] = [asdict(row) for row in tuned]
+        said["tuning"], said["domains"] = [asdict(row) for row in tuned], domains_of(block)
+        if said["domains"]:
+            text += f"\n{domain_table(said['domains'])}"
         said["tuned_checkpoints"] = tuned_checkpoints(block)
         if draw_tuning(block, out / f"{stem}_tuning"):
             text += f"\n![Before and after tuning]({stem}_tuning.svg)\n"
+        if draw_looks(block, out / f"{stem}_looks"):
+            text += f"\n![Learning curves]({stem}_looks.svg)\n"
         text += f"\nWhat was kept:\n\n{tuned_table(said['tuned_checkpoints'])}"
     after = after_rows(block)
     if after:
         text += f"\n### Evaluation Harness, after fine-tuning\n\n{after_table(after)}"
-        text += "\n`seeds`: of tuning. `csqa`: its cloze form; the choice head writes no text.\n"
-        said["after"] = after
+        text += f"\n{AFTER_TUNING}\n"
+        said["after"], said["after_differences"] = after, after_differences(block)
+        if said["after_differences"]:
+            text += "\nBoth after tuning:\n\n"
+            text += after_differences_table(block.base, said["after_differences"])
+    said["stages"] = stages_of(block)
+    if said["stages"]:
+        text += f"\n### Seconds of each process\n\n{stage_table(block, said['stages'])}"
+        text += (
+            "\nStart and compilation included; but for `train` beside others on the same card.\n"
+        )
     return text, said
 
 
@@ -614,7 +892,40 @@ def sitting_text(sitting: Sitting) -> str:
     text = f"- Sitting {sitting.number}, begun {began}: {', '.join(words)}."
     if left:
         text += f" Not done: {', '.join(left)}."
-    return text + "\n"
+    return f"{text}\n{machine_text(sitting)}"
+
+
+def machine_text(sitting: Sitting) -> str:
+    """Machine, software and code; what the exports were."""
+    rows, git, exported = checkpoints([sitting]), sitting.said["git"], {}
+    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}" for row in rows)
+    text = f"- Each arm on {'; '.join(machines)}"
+    models = [model["model"] for block in sitting.blocks for model in harness_models(block)]
+    if models:
+        text += "".join(f", {name} {models[0][name]}" for name in ("transformers", "lm_eval"))
+    text += f"; commit {git['commit'][:7]}{', changed' * git['dirty']}.\n" if git else ".\n"
+    for block in sitting.blocks:
+        for arm, done in block.results("export").items():
+            exported[f"{arm}_s{block.seed}"] = done
+    if exported:
+        said = [f"{name} {x['difference']:g} ({x['architecture']})" for name, x in exported.items()]
+        text += "- Largest difference of an export's logits from the trainer's, both in float32: "
+        text += f"{'; '.join(said)}.\n"
+    return text
+
+
+def command(recipe: dict) -> str:
+    """That does the same again, but for the places of data and models."""
+    words = ["python", "-m", "evals.real_runs", "--data", "TOKENS", "--task-data", "EVALS"]
+    words += ["--tasks-dir", "EVALS/lm_eval_tasks", "--tokenizer", "gpt2.tiktoken"]
+    words += ["--results", "RESULTS", "--work", "WORK", "--arms", *recipe["arms"]]
+    for name in ("seeds", "tune_seeds"):
+        words += [f"--{name.replace('_', '-')}", *map(str, recipe[name])]
+    words += ["--preset", recipe["preset"], "--tokens", str(recipe["tokens"])]
+    for name in ("epochs", "limit"):
+        words += [f"--{name}", str(recipe[name])] if recipe[name] else []
+    words += ["--tasks", *recipe["tasks"]] if recipe["tasks"] else []
+    return shlex.join(words + (["--", *recipe["trainer"]] if recipe["trainer"] else []))
 
 
 def file(folders: Sequence[Path], out: Path, title: str, items: bool) -> Path:
@@ -635,6 +946,8 @@ def file(folders: Sequence[Path], out: Path, title: str, items: bool) -> Path:
         "- Arms of a row are of one sitting. dev loss: nats a token, on text never trained on.\n"
     )
     text += f"- {how_noise_is_called()}\n"
+    again = dict.fromkeys(command(s.said["recipe"]) for s in sittings)
+    text += "\nThe same again:\n\n```sh\n" + "".join(f"{words}\n" for words in again) + "```\n"
     said = {"schema": real_runs.SCHEMA, "checkpoints": rows, "blocks": []}
     said["sittings"] = [{**s.said, "files": files_of(s)} for s in sittings]
     across = pooled(sittings)

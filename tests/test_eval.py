@@ -42,6 +42,15 @@ def test_bits_a_byte_by_hand():
     assert bits.scored_bytes("Is it? \n", " yes") == 6  # the harness moves " \n" into the answer
 
 
+def test_bits_in_two_parts():
+    """Options of 1/4 and 1/4, the answer of 1 byte: a bit for one of them, a bit for which. One of
+    1/8 alone, of 3 bytes: nothing is left to choose."""
+    quarter, eighth = math.log(1 / 4), math.log(1 / 8)
+    any_of_them, right = bits.parts([[quarter, quarter], [eighth]], [1, 0], [1, 3])
+    assert any_of_them.tolist() == pytest.approx([1, 1])
+    assert right.tolist() == pytest.approx([1, 0])
+
+
 def test_mean():
     found = bits.mean([1.0, 2.0, 4.0, 5.0])
     assert (found.value, found.n) == (3.0, 4)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import lzma
+import shlex
 import shutil
 import signal
 import sys
@@ -191,7 +192,7 @@ def filed(sitting) -> Sitting:
 @pytest.fixture
 def quick(monkeypatch):
     """Tables without plots and with few resamples: `filed` has all of both."""
-    for name in ("draw_bits", "draw_tuning"):
+    for name in ("draw_bits", "draw_looks", "draw_tuning"):
         monkeypatch.setattr(real_table, name, lambda *_: False)
     monkeypatch.setattr(bits, "RESAMPLES", 100)
 
@@ -206,7 +207,7 @@ def test_filed(filed):
     for part in ("### Evaluation Harness\n", "### Fine-tuning, percent", ", after fine-tuning"):
         assert part in text
     names = {path.name for path in sitting.out.iterdir()}
-    plots = {f"s1_seed0_{what}.svg" for what in ("bits", "tuning")}
+    plots = {f"s1_seed0_{what}.svg" for what in ("bits", "looks", "tuning")}
     assert {*plots, "README.md", "results.json", "logs"} == {n for n in names if ".png" not in n}
     said = json.loads((sitting.out / "results.json").read_text())
     (block,) = said["blocks"]
@@ -215,8 +216,29 @@ def test_filed(filed):
     assert len(block["tuned_checkpoints"]) == 2 * 3 * 2  # arms, forms, seeds
     forms = {(row["form"], row["figure"]) for row in block["tuning"]}
     assert forms >= {("csqa_cloze", "accuracy"), ("csqa_head", "accuracy"), ("coqa", "F1")}
+    assert len(block["parts"]) == 10  # what has options, 5-shot included
+    assert [row["stage"] for row in block["stages"]] == [*real_runs.STAGES]
+    after = [
+        (row["tuned"], row["task"], row["bos"], row["n"]) for row in block["after_differences"]
+    ]
+    for tuned, name in real_runs.TUNED.items():  # the tuned task for both seeds, others for one
+        asked = {(name, True, 2), *((t, True, 1) for t in real_runs.ASKED_AFTER)}
+        asked |= {("lambada_openai", False, 1)}
+        assert {row[1:] for row in after if row[0] == tuned} == asked
+    assert all(line.startswith("diff_v2 - softmax") for line in block["in_short"])
     assert len(said["sittings"][0]["files"]) == 2 * len(real_runs.STAGES)
     assert (sitting.out / "logs" / "s1_softmax_s0" / "run.jsonl").is_file()
+
+
+def test_the_filed_command_is_the_sitting_s(filed):
+    """But for the places of data and models, which are the reader's."""
+    text = (filed.out / "README.md").read_text()
+    words = shlex.split(text.split("```sh\n")[1].split("\n```")[0])
+    assert words[:3] == ["python", "-m", "evals.real_runs"]
+    again, wanted = real_runs.parse(words[3:])[0], filed.args()
+    for name in ("arms", "seeds", "tune_seeds", "preset", "tokens", "epochs", "tasks", "limit"):
+        assert getattr(again, name) == getattr(wanted, name)
+    assert again.trainer == wanted.trainer
 
 
 def test_items_are_filed_where_they_are_wanted(sitting, quick, tmp_path):
@@ -562,6 +584,59 @@ def test_noise_is_what_any_interval_does_not_rule_out():
     assert real_table.tuned_difference("accuracy", first, tuned([20, 21.5, 22], by_items))["noise"]
     one = real_table.tuned_difference("accuracy", tuned([10.0], [zeros]), tuned([30.0], [ones]))
     assert one["noise"] and one["seeds"] == [None, None]  # a single seed has no interval
+
+
+def asked_after(*values: list[float], keys: str = "abc") -> dict:
+    """A stage's result: what each tuning seed scored, item by item."""
+    return {
+        "seeds": [
+            {
+                "seed": i,
+                "results": [{"task": "coqa", "bos": True, "keys": keys, "values": {"f1": v}}],
+            }
+            for i, v in enumerate(values)
+        ]
+    }
+
+
+def test_arms_after_tuning_are_paired_by_item_and_by_seed():
+    def found(first: dict, other: dict) -> list[dict]:
+        arms = {"softmax": first, "diff_v2": other}
+        files = {arm: {"coqa_after": {"result": result}} for arm, result in arms.items()}
+        return real_table.after_differences(real_table.Block(1, "", 0, "softmax", files))
+
+    a, b, mixed = [0.0] * 40, [0.5] * 40, [float(i % 2) for i in range(40)]
+    (row,) = found(asked_after(a, a), asked_after(b, [0.7] * 40, b))
+    assert (row["n"], row["value"], row["noise"]) == (2, pytest.approx(0.6), True)  # by seeds
+    assert row["items"] == pytest.approx([0.6, 0.6]) and row["seeds"][0] < 0 < row["seeds"][1]
+    (row,) = found(asked_after(a), asked_after(b))
+    assert not row["noise"] and row["seeds"] == [None, None]  # one seed: items alone
+    table = real_table.after_differences_table("softmax", [row])
+    assert "| +50.00 [+50.00, +50.00] | clear |" in table
+    (row,) = found(asked_after(mixed), asked_after(b))
+    assert row["noise"]
+    assert found(asked_after(a, keys="abd"), asked_after(b)) == []
+
+
+def test_what_no_item_says_rests_on_seeds_alone():
+    first, other = (
+        tuned([10.0, 11.0, 12.0], [[0.0] * 50] * 3),
+        tuned([20, 21.5, 22], [[0.0] * 50] * 3),
+    )
+    for found in (first, other):
+        for seed in found["seeds"]:
+            del seed["items"]["accuracy"]
+    d = real_table.tuned_difference("accuracy", first, other)
+    assert real_table.difference_cells(d)[1:] == ["-", "clear over seeds alone"]
+
+
+def test_sentence_names_what_is_clear():
+    say = real_table.sentence
+    assert say("x", {"a": (1.25, False), "b": (-3.0, True)}, 1) == [
+        "x: 1 of 2 clear of noise over items: a +1.2."
+    ]
+    assert say("x", {"b": (-3.0, True)}, 1) == ["x: 0 of 1 clear of noise over items."]
+    assert say("x", {}, 1) == []
 
 
 def block_of(seed: int, **accuracy: float) -> real_table.Block:
