@@ -237,11 +237,39 @@ def elsewhere(records: Path) -> list[str]:
     return ["## Elsewhere: published by others, not measured here", "", title, "", *table(rows)]
 
 
+EVALS = """\
+Checkpoints asked by the Evaluation Harness, fine-tuned, and asked again, by `evals/real_runs.py`.
+They are no runs of a track: below 3 pretraining seeds an arm, checkpoints and not architectures."""
+
+
+def evaluations(records: Path) -> list[str]:
+    """Folders that evals/real_table.py made; no line where there is none."""
+    rows = []
+    for path in sorted((records / "evals").glob("*/results.json"), reverse=True):
+        trained = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        seeds: dict[str, set[int]] = {}
+        for one in trained:
+            seeds.setdefault(one["arm"], set()).add(one["seed"])
+        title = path.with_name("README.md").read_text(encoding="utf-8").partition("\n")[0]
+        date, _, name = path.parent.name.partition("_")
+        rows.append(
+            {
+                "date": date,
+                "folder": f"[{title.removeprefix('# ') or name}](evals/{path.parent.name}/)",
+                "arms": ", ".join(f"`{arm}`" for arm in seeds),
+                "seeds an arm:": str(min(map(len, seeds.values()))),
+                "tokens an arm:": millions(max(one["tokens"] for one in trained)),
+            }
+        )
+    return ["## Evaluations", "", EVALS, "", *table(rows)] if rows else []
+
+
 def readme(board: Board) -> str:
     """The text of records/README.md."""
     lines = ["# Records", "", MADE, "", HEAD]
     for track in board.tracks:
         lines += ["", *section(board, track)]
+    lines += ["", *evaluations(board.records)]
     text = "\n".join([*lines, "", *elsewhere(board.records)]) + "\n"
     return re.sub(r"\n{3,}", "\n\n", text)
 

@@ -127,6 +127,22 @@ def column(text: str, title: str, head: str, name: str) -> list[str]:
     return rows
 
 
+def test_readme_lists_evaluations(whole):
+    root, folder = whole, whole / "records" / "evals" / "2026-01-05_two"
+    assert "## Evaluations" not in (root / "records" / "README.md").read_text()
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# Two arms, asked\n\nMore.\n")
+    rows = [
+        {"arm": arm, "seed": i, "tokens": 60e6} for arm in ("softmax", "diff_v2") for i in (0, 1)
+    ]
+    (folder / "results.json").write_text(json.dumps({"checkpoints": rows[:3]}))
+    assert leaderboard.main(["--root", str(root)]) == 0
+    text = (root / "records" / "README.md").read_text()
+    line = "| [Two arms, asked](evals/2026-01-05_two/) | `softmax`, `diff_v2` | 1 | 60.0M |"
+    assert f"| 2026-01-05 {line}\n" in text
+    assert leaderboard.main(["--check", "--root", str(root)]) == 0
+
+
 def test_readme_of_the_records(whole):
     text = (whole / "records" / "README.md").read_text()
     log = [logs.load_run(p) for p in sorted((whole / "records" / TRACK / RECORD).glob("b*"))]
