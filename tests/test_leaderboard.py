@@ -127,8 +127,8 @@ def column(text: str, title: str, head: str, name: str) -> list[str]:
     return rows
 
 
-def test_readme_lists_evaluations(whole):
-    root, folder = whole, whole / "records" / "evals" / "2026-01-05_two"
+def test_readme_lists_evaluations(root):
+    folder = root / "records" / "evals" / "2026-01-05_two"
     assert "## Evaluations" not in (root / "records" / "README.md").read_text()
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("# Two arms, asked\n\nMore.\n")
