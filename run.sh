@@ -147,7 +147,7 @@ case $command in # a line here is a command: its groups, its file, and its purpo
   speedrun) speedrun asked "$@" ;; # trains on FineWeb-Edu, or --data DIR, with the NVIDIA GPUs here
   demo) go torch numpy +plot -- "${at}records/demo.py" "$@" ;; # two small models on a CPU, minutes
   data) go numpy $more -- "${at}data/get.py" "$@" ;; # downloads tokens, or tokenises text
-  look) go torch numpy +data -- "${at}evals/look.py" "$@" ;; # a web page of where the heads look
+  look) go torch numpy +hf +data -- "${at}evals/look.py" "$@" ;; # a page of where the heads look
   compare) go torch numpy records +plot -- "${at}records/compare.py" "$@" ;; # arms, block by block
   eval) go torch numpy hf eval +data -- "${at}evals/harness.py" "$@" ;; # Evaluation Harness
   export) go torch numpy hf +data -- "${at}evals/export.py" "$@" ;; # writes a Hugging Face folder

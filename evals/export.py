@@ -32,7 +32,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import shards
-from evals import hf_tokenizer, sample
+from evals import exported, hf_tokenizer, sample
 from evals.configuration_nca import NCAConfig
 from evals.modeling_nca import NCAForCausalLM
 from records import logs
@@ -219,14 +219,20 @@ def stock_state(model: gpt2.GPT2) -> dict[str, Tensor]:
 # ---- Building and comparing ---------------------------------------------------------------------
 
 
+def state_of(model: T.GPT, meta: dict) -> dict[str, Tensor]:
+    """The model's numbers under the names of its folder. They are moved and never changed, which
+    evals/exported.py relies on."""
+    return stock_state(model) if is_stock(model, meta) else nca_state(model)
+
+
 def build(model: T.GPT, meta: dict, eot: int) -> transformers.PreTrainedModel:
     """The trainer's model as transformers', fp32."""
     if is_stock(model, meta):
-        theirs, state = transformers.GPT2LMHeadModel(stock_config(model, eot)), stock_state(model)
+        theirs = transformers.GPT2LMHeadModel(stock_config(model, eot))
     else:
-        theirs, state = NCAForCausalLM(nca_config(model, meta, eot)), nca_state(model)
+        theirs = NCAForCausalLM(nca_config(model, meta, eot))
     try:
-        theirs.load_state_dict({name: p.detach() for name, p in state.items()})
+        theirs.load_state_dict({k: p.detach() for k, p in state_of(model, meta).items()})
     except RuntimeError as e:
         said = " ".join(str(e).split())
         raise T.InputError(f"evals/modeling_nca.py lacks what train_gpt.py has: {said}") from None
@@ -299,6 +305,7 @@ def export(path: str | Path, out: str | Path, dtype: str = "bf16", tokenizer: st
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         write(done, words, card, aside)
+        exported.write(aside, ours, meta, CHECKED)
         os.rename(aside, out)  # over an empty folder, too
     except OSError as e:
         raise T.InputError(f"cannot write {out}: {e.strerror or e}") from None

@@ -1,6 +1,6 @@
 """Fine-tunes a trained model on CoQA or CommonsenseQA and scores it, for several seeds.
 
-    python -m evals.finetune coqa RUN --task-data DIR            # a run folder, or a checkpoint
+    python -m evals.finetune coqa RUN --task-data DIR        # a run, checkpoint or exported folder
     python -m evals.finetune coqa RUN --task-data DIR --split dev400
     python -m evals.finetune csqa RUN --task-data DIR --seeds 0 1 2
 
@@ -46,7 +46,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import shards
-from evals import coqa, csqa, export, memory, sample
+from evals import coqa, csqa, export, exported, memory, sample
 from evals.task import Document, Scores, Task, Words, batch_of, lineage, pack, size
 from records import logs
 from records.demo import Tenths
@@ -73,13 +73,14 @@ class Start:
 
     @classmethod
     def load(cls, path: str, tokenizer: str) -> Start:
-        if (Path(path) / "config.json").is_file():
-            raise T.InputError(f"{path} is an exported folder: give the run that it was made from")
         meta = sample.meta_of(path)
         words = Words(sample.tokenizer_of(meta, tokenizer))
-        state, _ = T.load_checkpoint(path)
+        if exported.is_folder(path):
+            weights = sample.load(path)[0].state_dict()
+        else:
+            weights = T.load_checkpoint(path)[0]["model"]
         window = export.windows_of(meta)[0][0]
-        return cls(Path(path), meta, state["model"], words, window, lineage(path))
+        return cls(Path(path), meta, weights, words, window, lineage(path))
 
     @property
     def is_gpt2(self) -> bool:
@@ -98,8 +99,20 @@ class Start:
 
     @property
     def as_json(self) -> dict:
-        meta, run = self.meta, T.find_checkpoint(self.path).parents[1].name
-        return {"run": run, "arm": meta["arm"], "step": meta["step"], "sha256": meta["sha256"]}
+        meta = self.meta
+        return {
+            "run": name_of(self.path),
+            "arm": meta["arm"],
+            "step": meta["step"],
+            "sha256": meta["sha256"],
+        }
+
+
+def name_of(path: str | Path) -> str:
+    """Of the run that a checkpoint is in, or of the folder that was exported."""
+    if exported.is_folder(path):
+        return Path(path).resolve().name
+    return T.find_checkpoint(path).parents[1].name
 
 
 # ---- Through the trainer's loop -----------------------------------------------------------------
@@ -387,7 +400,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("task", choices=("coqa", "csqa"), help="csqa: CommonsenseQA, cloze form and choice head")
-    add("model", metavar="MODEL", help="run folder, or a checkpoint in it (ckpt/step_*)")
+    add(
+        "model",
+        metavar="MODEL",
+        help="run folder, checkpoint in it (ckpt/step_*) or exported folder",
+    )
     folder = {"type": Path, "metavar": "DIR"}
     add("--task-data", required=True, **folder, help="holds coqa/ or commonsense_qa/")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
@@ -425,8 +442,8 @@ def check(args: argparse.Namespace) -> None:
         raise T.InputError(f"--split {args.split} is one of coqa's")
     args.device = T.World.start(args.device).device.type
     if args.out is None:
-        run = T.find_checkpoint(args.model).parents[1].name
-        args.out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}_finetune_{args.task}_{run}"
+        name = f"finetune_{args.task}_{name_of(args.model)}"
+        args.out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}_{name}"
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise T.InputError(f"{args.out} is there already: name a folder that is empty or new")
 

@@ -34,7 +34,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import encode, shards
-from evals import sample
+from evals import exported, sample
 
 PAGE = Path(__file__).with_name("look.html")
 NAMES = {arm: name for name, arm in T.ARMS.items()}
@@ -290,15 +290,6 @@ def ids_of(tokenizer: encode.Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def checkpoint_of(path: str | Path) -> Path:
-    """The checkpoint folder; InputError where there is none, or another kind of model."""
-    if (Path(path) / "config.json").is_file():
-        raise T.InputError(
-            f"{path} is a Hugging Face folder: give the run folder that it was exported from"
-        )
-    return T.find_checkpoint(path)
-
-
 def write(
     models: list[str | Path],
     text: str,
@@ -306,14 +297,18 @@ def write(
     max_tokens: int = 64,
     tokenizer: str = "",
 ) -> Path:
-    """Writes the page on `models`, run or checkpoint folders of one vocabulary, reading the first
-    `max_tokens` tokens of `text`, end-of-text before it. InputError before anything is written."""
+    """Writes the page on `models`, run, checkpoint or exported folders of one vocabulary, reading
+    the first `max_tokens` tokens of `text`, end-of-text before it. InputError before anything is
+    written."""
     out = Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise T.InputError(f"--out {out}: name a file in a folder that is there")
     if not 2 <= max_tokens <= MOST_TOKENS:
         raise T.InputError(f"--max-tokens {max_tokens}: 2 to {MOST_TOKENS}")
-    folders = [checkpoint_of(path) for path in models]
+    folders = [
+        Path(path).resolve() if exported.is_folder(path) else T.find_checkpoint(path)
+        for path in models
+    ]
     metas = [sample.meta_of(folder) for folder in folders]
     if len({meta["config"]["vocab"] for meta in metas}) > 1:
         raise T.InputError("these models have different vocabularies: look at them one by one")
@@ -344,8 +339,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "words",
         nargs="+",
         metavar="MODEL",
-        help="run folders, or checkpoints in them (ckpt/step_*); then, if you like, the text that "
-        "they are to read",
+        help="run folders, checkpoints in them (ckpt/step_*) or folders that were exported; then, "
+        "if you like, the text that they are to read",
     )
     add("--out", default="look.html", metavar="FILE", help="the page (look.html)")
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens shown at most (64)")

@@ -25,6 +25,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 
 import train_gpt as T
 from data import encode, shards
+from evals import exported
 
 TOKENIZERS = {257: "bytes", 50_257: "gpt2"}  # by the vocabulary's size
 
@@ -114,7 +115,10 @@ def generate(model: nn.Module, meta: dict, prompt_ids: list[int], eot: int, **ho
 
 
 def meta_of(path: str | Path) -> dict:
-    """meta.json of a run or checkpoint folder; InputError where it lacks what sampling needs."""
+    """meta.json of a run or checkpoint folder, or what an exported one has of it; InputError where
+    it lacks what sampling needs."""
+    if exported.is_folder(path):
+        return exported.meta_of(path)
     file = T.find_checkpoint(path) / "meta.json"
     try:
         meta = json.loads(file.read_text())
@@ -134,8 +138,8 @@ def best_window(meta: dict) -> int:
 
 
 def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Module, dict]:
-    """(model, meta) of a run or checkpoint folder, train_gpt.py's or variants/gpt2.py's, ready for
-    `stream`; InputError where it is none."""
+    """(model, meta) of a run, checkpoint or exported folder, train_gpt.py's or variants/gpt2.py's,
+    ready for `stream`; InputError where it is none."""
     make, meta = None, meta_of(path)
     if meta["config"]["preset"] == "gpt2":
         from variants import gpt2
@@ -145,7 +149,10 @@ def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Mo
             raise T.InputError(f"--context {context}: this model has {gpt2.BLOCK_SIZE} positions")
     length = max(context, trained_context(meta))
     try:
-        model, meta = T.load_model(path, device, length, make)
+        if exported.is_folder(path):
+            model, meta = exported.load(path, device, length)
+        else:
+            model, meta = T.load_model(path, device, length, make)
     except RuntimeError as e:  # a parameter too many, or of another shape
         raise T.InputError(f"{path} does not fit its model: {str(e).splitlines()[0]}") from None
     model.flex = False  # lengths grow token by token: one dense mask each, and nothing to compile
@@ -195,7 +202,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="sample", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, or a checkpoint in it (ckpt/step_*)")
+    add(
+        "model",
+        metavar="MODEL",
+        help="run folder, checkpoint in it (ckpt/step_*) or exported folder",
+    )
     add("--prompt", default="", metavar="TEXT", help="how the text starts (nothing)")
     add("--tokens", type=int, default=200, metavar="N", help="tokens to write at most (200)")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (0.8)")

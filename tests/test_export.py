@@ -450,6 +450,55 @@ def test_saved_again(pairs, tmp_path):
         assert gap(load(tmp_path / "again")(tokens).logits, pair.theirs(tokens).logits) == 0
 
 
+# ---- the trainer's model again ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_is_the_trainers_model_again(name, pairs):
+    """Every number, those of rows that pad the vocabulary included; the meta but for places."""
+    pair = pairs(name)
+    model, meta = sample.load(pair.folder, "cpu", LENGTH)
+    wanted, found = pair.ours.state_dict(), model.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert {k: v for k, v in meta.items() if k != "config"} == {
+        k: v for k, v in pair.meta.items() if k != "config"
+    }
+    differ = {k for k, v in meta["config"].items() if v != pair.meta["config"][k]}
+    assert differ <= {"data", "out", "run_id", "resume"}
+
+
+def test_stock_gpt2_is_the_trainers_model_again(tmp_path):
+    """Joined and turned matrices, a tied head, weights in bf16."""
+    pair = Pair(tmp_path, *STOCK, dtype="bf16", window=1024)
+    assert pair.done.stock
+    model, _ = sample.load(pair.folder, "cpu", LENGTH)
+    wanted, found = pair.ours.state_dict(), model.state_dict()
+    assert wanted.keys() == found.keys()
+    for key, value in wanted.items():
+        vocab = slice(257) if key == "head" else slice(None)
+        assert torch.equal(found[key][vocab], value[vocab].bfloat16().float()), key
+    assert torch.equal(found["head"][257:], wanted["head"][257:])
+
+
+def test_folders_that_are_no_model_of_the_trainer(pairs, tmp_path):
+    def said(folder: Path) -> str:
+        with pytest.raises(T.InputError) as e:
+            sample.load(folder)
+        return str(e.value)
+
+    theirs = shutil.copytree(pairs("softmax").folder, tmp_path / "theirs")
+    other = shutil.copytree(pairs("diff_v1").folder, tmp_path / "other")
+    shutil.copy(other / "trainer.npz", theirs / "trainer.npz")
+    assert "does not fit its own trainer.npz" in said(theirs)
+    (theirs / "model.safetensors").write_bytes(b"no")
+    assert "does not fit its own trainer.npz" in said(theirs)
+    (theirs / "trainer.npz").write_bytes(b"no")
+    assert "trainer.npz is damaged" in said(theirs)
+    (theirs / "trainer.npz").unlink()
+    assert "without trainer.npz" in said(theirs)
+
+
 # ---- tokenizers ---------------------------------------------------------------------------------
 
 TEXT = "The moon's 12 craters:\n\n  naïve   café — 月 \U0001f319\tend \x00."
@@ -648,6 +697,7 @@ def test_command_line(trained, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == [
         *("README.md", "config.json", "configuration_nca.py", "generation_config.json"),
         *("model.safetensors", "modeling_nca.py", "tokenizer.json", "tokenizer_config.json"),
+        "trainer.npz",
     ]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert load(out).dtype == torch.bfloat16

@@ -409,6 +409,16 @@ def test_a_tuned_run_is_a_run(tuned, base, data, tmp_path):
     done = export.export(tuned, tmp_path / "hf")
     assert done.difference < export.TOLERANCE
     assert task.lineage(tmp_path / "hf") == task.lineage(tuned)
+    again, run = (finetune.Start.load(str(path), "") for path in (tmp_path / "hf", tuned))
+    assert (again.lineage, again.window, again.as_json) == (
+        *(run.lineage, run.window),
+        {**run.as_json, "run": "hf"},
+    )
+    rounded = {name: value.bfloat16().float() for name, value in run.weights.items()}
+    assert again.weights.keys() == rounded.keys()
+    vocab = H.BYTE_VOCAB  # rows after it are kept as they were
+    for name, value in again.weights.items():
+        assert torch.allclose(value[:vocab], rounded[name][:vocab], rtol=2**-8)
     assert "| fine-tuned on | CommonsenseQA train |" in (tmp_path / "hf/README.md").read_text()
     again = tuning_of(tuned, data, tmp_path / "again", "csqa_cloze", "--epochs", "1")
     result = again.run(0)
@@ -544,7 +554,7 @@ def test_bad_input_is_one_sentence_and_2(base, data, tmp_path, capsys, monkeypat
     good = [str(base), "--task-data", str(data), "--device", "cpu"]
     cases = {
         ("csqa", str(tmp_path / "none"), *good[1:]): "holds no whole checkpoint",
-        ("csqa", str(folder), *good[1:]): "is an exported folder",
+        ("csqa", str(folder), *good[1:]): "without trainer.npz",
         ("coqa", *good, "--split", "train"): "coqa/train.jsonl",
         ("csqa", *good, "--split", "dev400"): "one of coqa's",
         ("csqa", str(base), "--task-data", str(taken)): "commonsense_qa/train.jsonl",

@@ -419,6 +419,18 @@ def test_command(arm, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "r"]
 
 
+def test_an_exported_folder_shows_what_its_run_shows(tmp_path):
+    pytest.importorskip("transformers")
+    from evals import export
+
+    run = checkpoint(tmp_path / "r", arm="diff_v2", ext_window=0)
+    export.export(run, tmp_path / "hf", "fp32")
+    page = look.write([run, tmp_path / "hf"], "Some text", tmp_path / "page.html")
+    first, second = data_of(page.read_text("utf-8"))["models"]
+    assert second["about"].startswith("hf: ")
+    assert {**first, "about": ""} == {**second, "about": ""}
+
+
 def test_several_models_and_the_usual_text(run, tmp_path):
     other, out = checkpoint(tmp_path / "g", "gpt2"), tmp_path / "page.html"
     assert look.main([str(run), str(other), "--out", str(out), "--max-tokens", "200"]) == 0
