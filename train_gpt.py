@@ -3014,7 +3014,7 @@ class Trainer:
         found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
         why = {name: next((one[name] for one in found if one[name]), "") for name in why}
         if not self.world.cuda:
-            why = {name: reason for name, reason in why.items() if not reason}
+            why = {name: reason for name, reason in why.items() if not reason or name == "fa4"}
         if why.get("fa4") and not run.deterministic:
             raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
         return why
