@@ -1611,9 +1611,6 @@ class Smear(nn.Module):
         return e + share * before(e)
 
 
-SIGN_ROWS = 8192
-
-
 class Shares(nn.Module):
     """n numbers for each token, from an MLP on its state, all 0 at the start (2502.12170; records
     81 and 85): what a learned scalar says for all tokens, they change for one."""
@@ -1633,6 +1630,9 @@ class Shares(nn.Module):
         for share, source in zip(self(norm(x)), sources, strict=True):
             x = x + share * source
         return x
+
+
+SIGN_ROWS = 8192
 
 
 class Bigram(nn.Module):
