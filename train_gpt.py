@@ -2107,8 +2107,7 @@ class Bank:
             if self.group.beta2:
                 self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
         else:
-            self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
-            self.adam["step"] = self.own.new_zeros(())
+            self.adam: dict[str, Tensor] = {}  # from the first step on: a parked run has no need
 
     @torch.no_grad()
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
@@ -2119,6 +2118,9 @@ class Bank:
         if self.compiled:
             factors = on_device(torch.tensor(factors), self.own.device).unbind()
         if group.kind == "adam":
+            if not self.adam:
+                self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
+                self.adam["step"] = self.own.new_zeros(())
             self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, group)
             return
         u = self.direct(self.own_grad, self.momentum, *factors[1:], bad, dtype)
@@ -2240,7 +2242,7 @@ class Optimizer:
                     part = full[offset // k : (offset + p.numel()) // k]
                     shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
                     out.setdefault(name, {})[key] = to_host(part.view(shape))
-            if wanted and bank.group.kind == "adam":
+            if wanted and bank.group.kind == "adam" and bank.adam:
                 for name in bank.slots:
                     out[name]["step"] = to_host(bank.adam["step"])
         self.world.synchronize()
