@@ -296,8 +296,13 @@ def on_gpu(filed: Filed) -> bool:
     return shown(filed) and filed.figures["machines"] != ["CPU"]
 
 
+def setting(filed: Filed) -> str:
+    """The preset, and what the claim's "setting" says that comparisons under it do not share."""
+    return ", ".join(filter(None, [filed.figures["preset"], filed.claim.get("setting")]))
+
+
 def front_pairs(board: Board) -> list[tuple[Filed, dict]]:
-    """For each track, preset and pair of arms the best founded comparison on GPUs that has an
+    """For each track, setting and pair of arms the best founded comparison on GPUs that has an
     interval: of a whole plan before a screen, then the newest."""
     found: dict[tuple, tuple[Filed, dict]] = {}
     for f in sorted(filter(shown, board.all), key=lambda f: (f.plan is not None, f.path.name)):
@@ -306,7 +311,7 @@ def front_pairs(board: Board) -> list[tuple[Filed, dict]]:
             continue
         for pair in pairs(f):
             if pair["difference"]["low"] is not None:
-                key = (f.claim["track"], said["preset"], pair["arm"], pair["against"])
+                key = (f.claim["track"], setting(f), pair["arm"], pair["against"])
                 found[key] = (f, pair)
     return [found[key] for key in sorted(found)]
 
@@ -317,9 +322,10 @@ def front_row(filed: Filed, pair: dict) -> Row:
     mine, other = arms[pair["arm"]], arms[pair["against"]]
     ms = [number([*a["ms_by_stage"].values()][-1]["ms"], ".1f") for a in (mine, other)]
     extra = {"value": pair["time_ratio"]["value"] - 1, "low": None, "high": None}
+    p = p_value(filed, pair["arm"], pair["against"])
     return {
         "track": filed.claim["track"],
-        "preset": filed.figures["preset"],
+        "preset": setting(filed),
         "arm": f"`{pair['arm']}`",
         "against": f"`{pair['against']}`",
         "tokens:": millions(full_schedule(filed)["tokens"]),
@@ -330,7 +336,7 @@ def front_row(filed: Filed, pair: dict) -> Row:
         "GB:": number(mine["peak_alloc"], ".1f", 1e-9),
         "extra time, %:": with_interval(extra, "+.1f", 100),
         "may cost, %:": with_interval(pair["break_even"], "+.1f", 100),
-        "kind": f"[{kind(filed)}](records/{place(filed)})",
+        "kind": f"[{kind(filed)}](records/{place(filed)})" + (p and f", p = {p}"),
     }
 
 

@@ -9,8 +9,9 @@ planned runs there, the plan's rule is applied, once, to exactly these runs.
 
 Pairs are the plan's, those of claim.json ("compare": [[arm, against], ...], for controls) and
 every arm against the baseline. Break-even, how much longer a step may be, takes the slope of the
-baseline's own fit; where all runs have one length, the claim may name one from another folder:
-"slope": {"b": nats a token for each ln(tokens), "from": "records/..."}.
+baseline's own fit; where all runs have one length, the claim may name folders beside it ("slope":
+["2026-11-27_softmax-seeds"]) with complete schedules of other lengths: one line through all runs
+of the baseline there and here, each a point, machines and sittings mixed.
 
 How figures are made: losses are those of the end of a run, by the claim's metric. ms a step is the
 median over a stage's steps without the first, then the mean over runs (a step after a pause or a
@@ -437,12 +438,33 @@ def fit_figures(fit: stats.Fit) -> dict:
     return said | {"residuals": fit.residual.tolist()}
 
 
-def slope_of(study: Study, times: dict | None) -> dict | None:
-    """Nats a token for each ln(tokens), for break-even: the baseline's own fit, else the one that
-    the claim names: "slope": {"b": -0.3, "from": "records/..."}."""
+# What may differ between runs whose lengths a slope is taken from; all else in the configs of both
+# is the same.
+FREE = {"tokens", "seed", "data_seed", "data", "dev", "looks", "final_val", "track", "require_gpu"}
+FREE |= {"out", "run_id", "save_every", "save_final", "keep", "resume"}
+
+
+def slope_of(study: Study, times: dict | None, folder: Path) -> dict | None:
+    """{"b": nats a token for each ln(tokens), "from": what it is taken from}, for break-even; None
+    without a baseline, or with one length and no folder named in the claim."""
     if times is not None and study.baseline is not None:
         return {"b": times["fits"][study.baseline]["b"]["value"], "from": "its own schedules"}
-    return study.claim.get("slope")
+    named = study.claim.get("slope")
+    if not named or study.baseline is None:
+        return None
+    runs = [run for run in study.runs if run.arm == study.baseline]
+    for name in named:
+        runs += [run for run in read(folder.parent / name).runs if run.arm == study.baseline]
+    for run in runs[1:]:
+        ours, theirs = runs[0].header["config"], run.header["config"]
+        odd = [k for k in ours.keys() & theirs.keys() - FREE if ours[k] != theirs[k]]
+        if odd:
+            raise BadLog(f"no slope from {runs[0].run_id} and {run.run_id}: {sorted(odd)} differ")
+    lengths = [run.header["tokens"] for run in runs]
+    if len(set(lengths)) < 2:
+        raise BadLog(f"no slope from {', '.join(named)}: all runs there and here have one length")
+    line = np.polyfit(np.log(lengths), finals(runs, study.metric), 1)
+    return {"b": float(line[0]), "from": ", ".join(named)}
 
 
 # ---- The plan's rule ----------------------------------------------------------------------------
@@ -526,7 +548,7 @@ def summarise(folder: Path | str) -> dict:
     JSON values in a fixed order. BadLog where its runs cannot be summarised together."""
     study = read(Path(folder))
     times, claim, plan = time_figures(study), study.claim, study.plan
-    slope, first = slope_of(study, times), study.runs[0].header
+    slope, first = slope_of(study, times, Path(folder)), study.runs[0].header
     said = {
         "schema": SCHEMA,
         "kind": claim.get("kind", "screen"),

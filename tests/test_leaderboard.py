@@ -487,6 +487,26 @@ def test_an_improvement_that_is_none(root, folder):
     shutil.rmtree(folder)
     file_improvement(folder, gain=0.0)
     only(found(root), r"claims an improvement, and diff_v2 against softmax has p = 0\.\d+ over 5")
+    tamper.edit_json(folder / "claim.json", kind="planned")
+    only(found(root))
+    assert re.search(rf"\[planned\]\(records/{TRACK}/{COMPARED}/\), p = 0\.\d+", front(root))
+    shutil.rmtree(next(folder.glob("b05_diff_v2*")))
+    only(found(root), "1 of its 10 runs are missing", "block 5 lacks the run of diff_v2")
+
+
+def front(root: Path) -> str:
+    return (root / "README.md").read_text()
+
+
+def test_comparisons_in_another_setting_have_rows_of_their_own(root, folder):
+    other = file_improvement(folder.parent / "2026-01-09_other", gain=0.02)
+    assert leaderboard.main(["--root", str(root)]) == 0
+    assert front(root).count("| `diff_v2` | `softmax` |") == 1  # the newest of two alike
+    tamper.edit_json(other / "claim.json", setting="rows of 2,048")
+    assert leaderboard.main(["--root", str(root)]) == 0
+    assert front(root).count("| `diff_v2` | `softmax` |") == 2 and ", rows of 2,048 |" in front(
+        root
+    )
 
 
 @pytest.mark.parametrize(

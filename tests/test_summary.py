@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import statistics
 
+import numpy as np
 import pytest
 from fake_runs import BUDGET, DEV_GAP, WATTS, WINDOW_GAP, fake_comparison, fake_run
 from helpers import T, chain_breaks, read_log, tiny
@@ -373,12 +376,32 @@ def test_break_even_from_its_own_fit_or_the_claims_slope(lengths, screen):
     assert even["low"] == pytest.approx(math.exp(d["high"] / slope) - 1, rel=1e-4)
 
     assert the_pair(summary.summarise(screen))["break_even"] is None
-    edit_json(screen / "claim.json", slope={"b": -0.3, "from": "records/open-text/x"})
+    edit_json(screen / "claim.json", slope=[os.path.relpath(lengths, screen.parent)])
     said = summary.summarise(screen)
     edit_json(screen / "claim.json", slope=None)
     even, d = the_pair(said)["break_even"], the_pair(said)["difference"]
-    assert even["value"] == pytest.approx(math.exp(d["value"] / -0.3) - 1, rel=1e-4)
-    assert even["from"] == "records/open-text/x"
+    runs = [run for folder in (screen, lengths) for run in summary.read(folder).runs]
+    runs = [run for run in runs if run.arm == "softmax"]
+    x = np.log([run.header["tokens"] for run in runs])
+    y = np.array(summary.finals(runs, said["metric"]))
+    b = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert even["b"] == pytest.approx(b, rel=1e-5) and even["from"].endswith("/x")
+    assert even["value"] == pytest.approx(math.exp(d["value"] / b) - 1, rel=1e-4)
+
+
+def test_a_slope_from_other_settings_or_one_length_is_refused(lengths, screen):
+    edit_json(screen / "claim.json", slope=[screen.name])
+    with pytest.raises(BadLog, match="one length"):
+        summary.summarise(screen)
+    edit_json(screen / "claim.json", slope=[os.path.relpath(lengths, screen.parent)])
+    first = next(run for run in summary.read(lengths).runs if run.arm == "softmax")
+    first.header["config"]["matrix_lr"] = 0.5
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadLog, match="matrix_lr"):
+        read = summary.read
+        other = dataclasses.replace(read(lengths), runs=(first,))
+        patch.setattr(summary, "read", lambda f: read(f) if f == screen else other)
+        summary.summarise(screen)
+    edit_json(screen / "claim.json", slope=None)
 
 
 def test_few_blocks_give_no_bootstrap_interval(tmp_path):
