@@ -188,6 +188,11 @@ class OptimConfig:
         0.0, "Adam, as cautious_wd: x 150 head and tied embedding, x 5 tables (record 50: 0.005)"
     )
     grad_clip: float = knob(0.0, "largest norm of the whole gradient (0: off)")
+    tail: float = knob(
+        0.0, "share of the steps, at the end, over which weights are averaged (record 92; 0: off)"
+    )
+    tail_every: int = knob(4, "tail: steps from one sample of the weights to the next")
+    tail_blend: float = knob(0.5, "tail: share of the samples' mean in the final weights")
 
 
 @dataclass(frozen=True)
@@ -433,6 +438,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     every, clips = cfg.optim.adam_every, cfg.optim.grad_clip > 0
     need(every >= 1, f"--adam_every {every}: 1 or more")
     need(every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
+    tail, apart, blend = cfg.optim.tail, cfg.optim.tail_every, cfg.optim.tail_blend
+    need(tail <= 1, f"--tail {tail}: a share of the steps, 0 to 1")
+    need(apart >= 1, f"--tail_every {apart}: 1 or more")
+    need(blend <= 1, f"--tail_blend {blend}: a share, 0 to 1")
     for name in ("head_betas", "value_betas", "scalar_betas"):
         betas = getattr(cfg.optim, name)
         fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
@@ -605,6 +614,7 @@ class Step:
     start: int  # tokens trained before it
     tied: bool = False  # head and embedding are one
     adam: bool = True  # Adam updates; else it keeps the gradient for the next step
+    sample: bool = False  # the weights after it count in the tail's mean
 
     @property
     def end(self) -> int:
@@ -641,9 +651,11 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
         mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
         tied = cfg.model.tie and i < round(s.untie * total)
-        adam = (total - 1 - i) % o.adam_every == 0  # the last step is one of them
+        after = total - 1 - i  # steps; the last one updates all and is a sample
+        adam = after % o.adam_every == 0
+        sample = after < round(o.tail * total) and after % o.tail_every == 0
         window = math.ceil(grown / 128) * 128
-        steps.append(Step(i, k, st.tokens, lr, mu, window, start, tied, adam))
+        steps.append(Step(i, k, st.tokens, lr, mu, window, start, tied, adam, sample))
         start += st.tokens
     return steps
 
@@ -2060,6 +2072,7 @@ class Bank:
         self.own, self.kept = self.data[part], self.grad[part]
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
+        self.tail: Tensor | None = None  # mean of the owned weights, from the first sample on
         self.compiled = False
         self.direct, self.turn, self.adam_update = muon_direction, muon_update, adam_update
         self.reset()
@@ -2128,13 +2141,22 @@ class Bank:
         second = self.second.view(len(step), -1) if group.beta2 else None
         self.turn(self.own.view_as(step), step, second, factors[0], bad, group)
 
+    @torch.no_grad()
+    def sample(self, number: int) -> None:
+        """The owned weights' running mean takes them up as they are: sample `number`, from 1."""
+        if self.tail is None:
+            self.tail = self.own.clone()
+        else:
+            self.tail.lerp_(self.own, 1 / number)
+
     def state(self) -> dict[str, Tensor]:
         """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
         that it holds. `second` has a number for every min(rows, cols) weights."""
+        tail = {} if self.tail is None else {"tail": self.tail}
         if self.group.kind == "muon":
-            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
+            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)} | tail
         moments = {key: t for key, t in self.adam.items() if key != "step"}
-        return moments | ({"grad": self.kept} if self.held else {})
+        return moments | ({"grad": self.kept} if self.held else {}) | tail
 
 
 def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
@@ -2162,6 +2184,7 @@ class Optimizer:
         self.tied = [self.banks[at[group]] for group in ("head", "tied") if "tied" in at]
         self.banks.sort(key=lambda b: b.data.numel())
         self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
+        self.samples = 0  # of the weights, in the mean that `blend` is about
 
     def zero_grad(self) -> None:
         for bank in self.banks:
@@ -2170,8 +2193,33 @@ class Optimizer:
     def reset(self) -> None:
         self.zero_grad()
         self.bad.zero_()
+        self.drop_samples()
         for bank in self.banks:
             bank.reset()
+
+    def drop_samples(self) -> None:
+        self.samples = 0
+        for bank in self.banks:
+            bank.tail = None
+
+    def sample(self) -> None:
+        """The weights as they are count in a running mean, of which each rank keeps its slice."""
+        self.samples += 1
+        for bank in self.banks:
+            bank.sample(self.samples)
+
+    @torch.no_grad()
+    def blend(self, share: float) -> None:
+        """weights += share x (mean of the samples - weights), on every rank, all groups alike; then
+        there are no samples. What was one matrix (`tied`) stays one."""
+        gathers = []
+        for bank in self.banks:
+            bank.own.lerp_(bank.tail, share)
+            gathers.append(self.world.all_gather(bank.data, bank.own))
+        for wait in gathers:
+            if wait is not None:
+                wait.wait()
+        self.drop_samples()
 
     @torch.no_grad()
     def step(
@@ -2229,8 +2277,8 @@ class Optimizer:
 
     def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
         """{parameter's name: {state's name: tensor of the parameter's shape, `second` [n, max(rows,
-        cols)]}}, in the CPU's memory, the same at any world size. A collective call; a rank that
-        does not want it gets {}."""
+        cols)], counts}}, in the CPU's memory, the same at any world size. A collective call; a rank
+        that does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key, own in bank.state().items():
@@ -2245,17 +2293,22 @@ class Optimizer:
             if wanted and bank.group.kind == "adam" and bank.adam:
                 for name in bank.slots:
                     out[name]["step"] = to_host(bank.adam["step"])
+            if wanted and self.samples:
+                for name in bank.slots:
+                    out[name]["samples"] = torch.tensor(self.samples)
         self.world.synchronize()
         return out
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.bad.zero_()
+        self.drop_samples()
         for bank in self.banks:
             bank.reset()
             bank.clear()
             first = state.get(next(iter(bank.slots)), {})
-            for key in set(first) - {"step"}:
+            self.samples = int(first.get("samples", 0))
+            for key in set(first) - {"step", "samples"}:
                 k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
                 full = bank.data.new_zeros(bank.data.numel() // k)
                 for name, (offset, p) in bank.slots.items():
@@ -2265,7 +2318,7 @@ class Optimizer:
                 if key == "grad":
                     bank.take()
                     bank.hold(own)
-                elif bank.group.kind == "muon":
+                elif bank.group.kind == "muon" or key == "tail":
                     setattr(bank, key, own)
                 else:
                     bank.adam[key] = own
@@ -3057,6 +3110,7 @@ class Trainer:
         """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
         tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
+        self.optimizer.drop_samples()  # of a run that did not come to its end
         gc.collect()
         if self.world.cuda:
             torch.cuda.empty_cache()
@@ -3073,7 +3127,7 @@ class Trainer:
         for rows, row in sorted({self.call_shape(s.tokens) for s in self.cfg.schedule.stages}):
             self.announce(f"training graph, {rows} x {row} tokens a call")
             tokens = rows * row * self.world.size
-            step = dataclasses.replace(self.steps[0], tokens=tokens, adam=True)
+            step = dataclasses.replace(self.steps[0], tokens=tokens, adam=True, sample=False)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
         self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
@@ -3101,6 +3155,8 @@ class Trainer:
         figures = torch.stack([self.gradients(step, batch), stop])
         lr = step.lr if lr is None else lr
         norm = self.optimizer.step(lr, step.momentum, figures, tied=step.tied, adam=step.adam)
+        if step.sample:
+            self.optimizer.sample()
         return figures, norm / LOSS_SCALE
 
     def gradients(self, step: Step, batch: Batch) -> Tensor:
@@ -3362,12 +3418,24 @@ class Run:
             if self.reporter.stopping:
                 self.stop_on_signal(done)
         self.reporter.settle()
-        self.clock.stop()
+        self.blend()
         if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
             self.save(n)
         losses = self.look(n, final=True)
         self.end_save()
         return {**losses, **self.finish("done", n)}
+
+    def blend(self) -> None:
+        """The run's last training: what --tail asks for. A run that goes on from its own end has no
+        samples left. Stops the clock."""
+        samples, share = self.trainer.optimizer.samples, self.cfg.optim.tail_blend
+        if samples:
+            self.trainer.optimizer.blend(share)
+        self.clock.stop()
+        if samples:
+            at = [step.index + 1 for step in self.steps if step.sample]
+            text = f"{samples} samples of the weights, after steps {at[0]} to {at[-1]}"
+            self.log.event("tail", f"{text}: their mean is {share} of the final ones")
 
     @contextlib.contextmanager
     def paused(self):

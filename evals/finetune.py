@@ -142,7 +142,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         "stages": (T.Stage(1.0, tokens, lr, (start.window, start.window)),),
         **{"tokens": tokens * steps, "passes": math.ceil(tokens * steps / have)},
         **{"warmup": WARMUP, "cooldown": 1 - WARMUP, "lr_floor": 0.0, "ext_window": 0},
-        **{"momentum_warmup": 0, "momentum_cooldown": 0, "untie": 0.0},
+        **{"momentum_warmup": 0, "momentum_cooldown": 0, "untie": 0.0, "tail": 0.0},
         **{"data": str(args.out / "tokens" / task.name), "dev": "", "row_tokens": row},
         **{"micro_batch_tokens": call, "val_row_tokens": row},
         **{"val_call_tokens": row * max(1, call // row)},

@@ -531,12 +531,14 @@ def test_gpt2(text_data, data, tmp_path):
         **{"stages": (T.Stage(1.0, 256, 1.0, (1024, 1024)),), "tokens": 256 * 2, "looks": 0},
         **{"require_gpu": False, "device": "cpu", "compile": False, "dev_tokens": 256},
         **{"val_tokens": 256, "data": str(text_data), "out": str(tmp_path), "run_id": "g"},
+        **{"tail": 1.0, "tail_every": 1},
     )
     run = T.train(cfg, hooks=gpt2.make_hooks(cfg))["run"]
     tuning = tuning_of(run, data, tmp_path / "out", "coqa", "--epochs", "2", "--lr", "20")
     assert tuning.task.most == 1024
     assert [b.group.kind for b in tuning.trainer.optimizer.banks] == ["adam", "adam"]
     assert isinstance(tuning.trainer.model, gpt2.GPT2)
+    assert not any(step.sample for step in tuning.trainer.steps), "pretraining's tail"
     result = tuning.run(0)
     assert result["looks"][-1]["nats"] < result["looks"][0]["nats"]
 
