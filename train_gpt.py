@@ -255,6 +255,7 @@ class RunConfig:
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
+    mlp_fp8: bool = knob(False, "FP8 products on the fused MLP's way forward (records 84, 89)")
     loss_kernel: bool = knob(True, "fused loss of the FP8 head (records 60, 67), likewise")
     attention: str = knob(
         "flex",
@@ -352,7 +353,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-ARM_ALSO = ("fp8", "attention", "mlp_kernel", "loss_kernel")  # beside those
+ARM_ALSO = ("fp8", "attention", "mlp_kernel", "mlp_fp8", "loss_kernel")  # beside those
 
 
 def parse_arm(spec: str) -> tuple[str, dict]:
@@ -1688,9 +1689,9 @@ class Bigram(nn.Module):
 
 
 class MLP(nn.Module):
-    """relu(x W1)^2 W2; `fused` is set by who has seen that the kernel works here."""
+    """relu(x W1)^2 W2; `fused` and `fp8` are set by who has seen that the kernels work here."""
 
-    fused = False
+    fused = fp8 = False
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -1701,7 +1702,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             up, down = self.up.weight.to(x.dtype), self.down.weight.to(x.dtype)
-            return fused_mlp(x.flatten(0, -2), up, down)[0].view(x.shape)
+            x, shape = x.flatten(0, -2), x.shape
+            if self.fp8:
+                eights = mlp_in_fp8(x, self.up.weight, self.down.weight)
+                return fused_mlp_fp8(x, up, down, *eights)[0].view(shape)
+            return fused_mlp(x, up, down)[0].view(shape)
         return self.down(F.relu(self.up(x)).square())
 
 
@@ -2939,7 +2944,8 @@ class Clock:
         return self.seconds + time.perf_counter() - self.mark
 
 
-KERNELS = ("fp8", "fa4", "mlp_kernel", "loss_kernel")  # what may fall back on plain PyTorch
+# What may fall back on plain PyTorch.
+KERNELS = ("fp8", "fa4", "mlp_kernel", "mlp_fp8", "loss_kernel")
 
 
 class Trainer:
@@ -3031,10 +3037,10 @@ class Trainer:
         self.optimizer.clip = cfg.optim.grad_clip
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
         self.kernels = self.choose_kernels()
-        self.fp8, self.fa4, mlp, loss = (self.uses(name) for name in KERNELS)
+        self.fp8, self.fa4, mlp, mlp8, loss = (self.uses(name) for name in KERNELS)
         for module in self.model.modules():
             if isinstance(module, MLP):
-                module.fused = mlp
+                module.fused, module.fp8 = mlp, mlp8
         compiled, cap, tied = cfg.run.compile, self.model.softcap, cfg.model.tie
         for bank in self.optimizer.banks if compiled and world.cuda else ():
             bank.compile()
@@ -3064,6 +3070,11 @@ class Trainer:
             odd = [width for width in widths if width % 8]
             reason = f"it wants widths by 8, not {odd}" if odd else reason
             why["mlp_kernel"] = reason or probe_mlp(device)
+        if run.mlp_fp8 and widths:
+            odd = [width for width in widths if width % 16]
+            reason = f"it wants widths by 16, not {odd}" if odd else ""
+            reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
+            why["mlp_fp8"] = reason or probe_mlp_fp8(device)
         if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
             why["loss_kernel"] = probe_loss(device)
         found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
@@ -3886,7 +3897,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
 
 
 # ---- 11. Kernels --------------------------------------------------------------------------------
-# Off by default. What each replaces, and is tested against, stands in sections 3 to 5.
+# What each replaces, and is tested against, stands in sections 3 to 5.
 
 jit = triton.jit if triton else lambda function: function
 
@@ -3933,6 +3944,7 @@ class Tile:
 
 
 UP_TILE = Tile(128, 256, 64, warps=8, stages=4, programs=1)
+UP8_TILE = Tile(128, 256, 128, warps=8, stages=3, programs=1)  # operands in FP8
 BACK_TILE = Tile(128, 128, 64, warps=4, stages=3, programs=2)
 
 
@@ -3943,21 +3955,26 @@ def halves(t):
 
 
 @jit
-def relu2_part(t, post, out, m, n, BACK: tl.constexpr):
+def relu2_part(t, post, out, out8, m, n, BACK: tl.constexpr):
     if BACK:
         t = t * (2 * tl.sqrt(post.load([m, n]).to(tl.float32)))
     else:
         t = tl.maximum(t, 0.0, tl.PropagateNan.ALL)
         t = t * t
     out.store([m, n], t.to(out.dtype))
+    if out8 is not None:
+        t = tl.minimum(t, 448.0, tl.PropagateNan.ALL)  # the largest e4m3
+        out8.store([m, n], t.to(out8.dtype))
 
 
 @jit
 def relu2_tiles(
     a,
     b,
+    scale,
     post,
     out,
+    out8,
     M,
     N,
     K: tl.constexpr,
@@ -3967,6 +3984,7 @@ def relu2_tiles(
     BACK: tl.constexpr,
 ):
     """out [M, N] = relu(a [M, K] b [N, K]^T)^2; with BACK (a [M, K] b [K, N]) x 2 sqrt(post).
+    Operands in FP8 come with the `scale` of their product, and out8 is out in FP8.
 
     A program computes every so many tiles, columns first, so that all of b stays in the L2 cache;
     flattened, the loop loads the next tile while this one leaves.
@@ -3981,26 +3999,32 @@ def relu2_tiles(
                 total = tl.dot(a.load([m, k]), b.load([k, n]), total)
             else:
                 total = tl.dot(a.load([m, k]), b.load([n, k]).T, total)
+        if scale is not None:
+            total *= tl.load(scale)
         left, right = halves(total)
         if BACK:  # in quarters, as post comes in beside it
             first, second = halves(left)
             third, fourth = halves(right)
-            relu2_part(first, post, out, m, n, BACK)
-            relu2_part(second, post, out, m, n + BN // 4, BACK)
-            relu2_part(third, post, out, m, n + BN // 2, BACK)
-            relu2_part(fourth, post, out, m, n + 3 * BN // 4, BACK)
+            relu2_part(first, post, out, out8, m, n, BACK)
+            relu2_part(second, post, out, out8, m, n + BN // 4, BACK)
+            relu2_part(third, post, out, out8, m, n + BN // 2, BACK)
+            relu2_part(fourth, post, out, out8, m, n + 3 * BN // 4, BACK)
         else:
-            relu2_part(left, post, out, m, n, BACK)
-            relu2_part(right, post, out, m, n + BN // 2, BACK)
+            relu2_part(left, post, out, out8, m, n, BACK)
+            relu2_part(right, post, out, out8, m, n + BN // 2, BACK)
 
 
-def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tensor:
-    """`relu2_tiles` on contiguous matrices; K and N by 8, as the TMA unit wants rows by 16 B."""
-    back = post is not None
+def relu2_product(
+    a: Tensor, b: Tensor, post: Tensor | None, tile: Tile, out8: Tensor | None = None, scale=None
+) -> Tensor:
+    """`relu2_tiles` on contiguous matrices; the TMA unit wants rows by 16 B: K and N by 8, in FP8
+    by 16. Where out8 [M, N] is given it and the operands are in FP8, the result is in bfloat16 and
+    `scale` begins with the product's."""
+    back, unit = post is not None, 8 if out8 is None else 16
     (m, k), n = a.shape, b.size(1 if back else 0)
     assert a.is_contiguous() and b.is_contiguous(), (a.stride(), b.stride())
-    assert b.size(0 if back else 1) == k and k % 8 == n % 8 == 0, (a.shape, b.shape)
-    out = a.new_empty(m, n)
+    assert b.size(0 if back else 1) == k and k % unit == n % unit == 0, (a.shape, b.shape)
+    out = a.new_empty(m, n, dtype=a.dtype if out8 is None else torch.bfloat16)
     described, part = TensorDescriptor.from_tensor, [tile.m, tile.n // (4 if back else 2)]
     programs = 1
     if a.is_cuda:
@@ -4009,8 +4033,10 @@ def relu2_product(a: Tensor, b: Tensor, post: Tensor | None, tile: Tile) -> Tens
     relu2_tiles[(min(programs, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)),)](
         described(a, [tile.m, tile.k]),
         described(b, [tile.k, tile.n] if back else [tile.n, tile.k]),
+        scale,
         described(post, part) if back else None,
         described(out, part),
+        None if out8 is None else described(out8, part),
         *(m, n, k, tile.m, tile.n, tile.k, back),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -4058,6 +4084,66 @@ def mlp_gradients(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
 
 
 fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
+
+
+def mlp_in_fp8(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [M, d] of unit RMS, weights in fp32 -> all three in e4m3, and scales [2]: of the product of
+    the first two, and of the third. Weights by their largest value, so that a step that made one
+    large spoils no product."""
+    x_scale = x.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
+    x, up, down = (t.detach() for t in (x, up, down))
+    of_up, of_down = (t.abs().amax().float().clamp(min=1e-12) / 448 for t in (up, down))
+    x8, up8 = to_fp8(x, x_scale, E4M3), to_fp8(up, of_up, E4M3)
+    return x8, up8, to_fp8(down, of_down, E4M3), torch.stack([of_up * x_scale, of_down])
+
+
+@torch.library.custom_op("nca::mlp_fp8", mutates_args=())
+def fused_mlp_fp8(
+    x: Tensor, up: Tensor, down: Tensor, x8: Tensor, up8: Tensor, down8: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`fused_mlp` of what `mlp_in_fp8` made of its inputs: both products in FP8, the second's left
+    operand cut at 448. The way back, from x, up and down, is the same."""
+    post8 = torch.empty(x.size(0), up.size(0), dtype=E4M3, device=x.device)
+    post = relu2_product(x8, up8, None, UP8_TILE, post8, scales)
+    return fp8_mm(post8, down8.t(), scales.new_ones(()), scales[1], x.dtype, True), post
+
+
+@fused_mlp_fp8.register_fake
+def _(x, up, down, x8, up8, down8, scales):
+    shape = x.size(0), up.size(0)
+    return x.new_empty(x.size(0), down.size(0)), x.new_empty(shape, dtype=torch.bfloat16)
+
+
+def mlp_keep_fp8(ctx, inputs, output) -> None:
+    mlp_keep(ctx, inputs[:3], output)
+
+
+def mlp_gradients_fp8(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    return *mlp_gradients(ctx, grad, _), None, None, None, None
+
+
+fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
+
+
+@functools.cache
+def probe_mlp_fp8(device: torch.device) -> str:
+    """Of its way forward, against fp64 on the same FP8 numbers: what is left are sums in fewer
+    bits, and what of post they make round the other way."""
+    if not hopper(device):
+        return NO_HOPPER
+    gen = torch.Generator(device).manual_seed(0)
+    shapes = (304, 128), (528, 128), (128, 528)
+    x, up, down = (torch.randn(shape, generator=gen, device=device) for shape in shapes)
+    x, up = norm(x), up / 128**0.5
+    try:
+        x8, up8, down8, scales = eights = mlp_in_fp8(x, up, down)
+        bf16 = (t.to(torch.bfloat16) for t in (x, up, down))
+        got = fused_mlp_fp8(*bf16, *eights)
+        post = F.relu(x8.double() @ up8.double().t() * scales[0]).square()
+        y = post.float().clamp(max=448).to(E4M3).double() @ down8.double().t() * scales[1]
+        return verdict(errors_of(got, (y, post)), 0.02)
+    except Exception as e:
+        return failure(e)
 
 
 @functools.cache

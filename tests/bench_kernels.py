@@ -34,6 +34,14 @@ UP_TILES = (
     (128, 128, 64, 8, 3, 2),
     (128, 128, 128, 8, 3, 1),
 )
+UP8_TILES = (
+    (128, 256, 128, 8, 3, 1),
+    (128, 256, 128, 8, 2, 1),
+    (128, 256, 64, 8, 4, 1),
+    (128, 128, 128, 8, 4, 1),
+    (128, 128, 128, 4, 3, 2),
+    (256, 128, 128, 8, 3, 1),
+)
 BACK_TILES = (
     (128, 128, 64, 4, 3, 2),
     (128, 128, 64, 4, 2, 2),
@@ -109,9 +117,9 @@ def bench_products(tokens: int, width: int) -> None:
 def bench_mlp(tokens: int) -> None:
     """The whole MLP as the trainer compiles it, weights in fp32."""
     cfg = T.make_config(vocab=VOCAB).model
-    mlps = [T.MLP(cfg, 0).to(DEVICE) for _ in range(2)]
+    mlps = [T.MLP(cfg, 0).to(DEVICE) for _ in range(3)]
     for i, mlp in enumerate(mlps):
-        mlp.fused = bool(i)
+        mlp.fused, mlp.fp8 = i > 0, i > 1
         torch.nn.init.normal_(mlp.up.weight, std=0.04)
         torch.nn.init.normal_(mlp.down.weight, std=0.02)
     x = rand(tokens // 16_384, 16_384, D).requires_grad_()
@@ -128,11 +136,15 @@ def bench_mlp(tokens: int) -> None:
 
     flops = 4 * tokens * D * 4 * D
     began = time.perf_counter()
-    both(0), both(1)
+    both(0), both(1), both(2)
     print(f"    (compiled in {time.perf_counter() - began:.0f} s)", flush=True)
     times = in_turns(lambda: both(0), lambda: both(1))
     row("MLP, forward + backward, 3072", *times, 3 * flops, "TFLOP/s")
     row("MLP, forward, 3072", *in_turns(lambda: forward(0), lambda: forward(1)), flops, "TFLOP/s")
+    times = in_turns(lambda: both(1), lambda: both(2))
+    row("... in FP8, `now`: the kernel", *times, 3 * flops, "TFLOP/s")
+    times = in_turns(lambda: forward(1), lambda: forward(2))
+    row("... forward", *times, flops, "TFLOP/s")
 
 
 def bench_loss(rows: int) -> None:
@@ -185,7 +197,14 @@ def sweep(tokens: int, rows: int) -> None:
         finally:
             setattr(T, name, before)
 
+    x8, up8, _, scales = T.mlp_in_fp8(T.norm(x), up, down)
+    post8 = torch.empty_like(post, dtype=T.E4M3)
+
+    def eight(t: tuple) -> None:
+        T.relu2_product(x8, up8, None, T.Tile(*t), post8, scales)
+
     cases = [("up", t, lambda t: T.relu2_product(x, up, None, T.Tile(*t))) for t in UP_TILES]
+    cases += [("up, FP8", t, eight) for t in UP8_TILES]
     cases += [
         ("back", t, lambda t: T.relu2_product(grad, down, post, T.Tile(*t))) for t in BACK_TILES
     ]
@@ -214,7 +233,11 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {T.triton.__version__}"
     )
-    for name, reason in (("MLP", T.probe_mlp(DEVICE)), ("loss", T.probe_loss(DEVICE))):
+    for name, reason in (
+        ("MLP", T.probe_mlp(DEVICE)),
+        ("MLP in FP8", T.probe_mlp_fp8(DEVICE)),
+        ("loss", T.probe_loss(DEVICE)),
+    ):
         print(f"{name}: {reason or 'works here'}")
     print(f"    (tried in {time.perf_counter() - began:.0f} s)", flush=True)
     if args.sweep:
