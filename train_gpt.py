@@ -197,21 +197,26 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the schedule: share of the steps, tokens a step, lr factor, long window from-to."""
+    """A row of the schedule: share of the steps, tokens a step, lr factor, long window from-to,
+    candidates of the training loss (`candidate_set`; 0: the whole vocabulary)."""
 
     share: float
     tokens: int
     lr: float
     window: tuple[int, int]
+    candidates: int = 0
 
     def __str__(self) -> str:
-        return f"{self.share}:{self.tokens}:{self.lr}:{self.window[0]}-{self.window[1]}"
+        text = f"{self.share}:{self.tokens}:{self.lr}:{self.window[0]}-{self.window[1]}"
+        return f"{text}:{self.candidates}" if self.candidates else text
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        share, tokens, lr, window = text.split(":")
+        share, tokens, lr, window, *rest = text.split(":")
         first, _, last = window.partition("-")
-        return cls(float(share), int(tokens), float(lr), (int(first), int(last or first)))
+        (candidates,) = rest or ("0",)
+        limits = (int(first), int(last or first))
+        return cls(float(share), int(tokens), float(lr), limits, int(candidates))
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,8 @@ class ScheduleConfig:
             Stage(1 / 3, 262_144, 1.52, (640, 1216)),
             Stage(1 / 3, 393_216, 1.73, (1216, 1792)),
         ),
-        "share:tokens a step:lr factor:window-window, joined by + (record 46)",
+        "share:tokens a step:lr factor:window-window[:classes that the training loss is over, all "
+        "by default (record 92: 10240, then more, then all)], joined by + (record 46)",
     )
     tokens: int = knob(0, "tokens to train (0: the preset's most, or one pass where that is less)")
     most_tokens: int = knob(666_501_120, "what --tokens 0 means where there is enough text")
@@ -468,6 +474,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
         need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
         need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
+        sampled = st.candidates >= 0 and st.candidates % 128 == 0
+        need(sampled, f"--stages {st}: candidates by 128, or 0 for the whole vocabulary")
         need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
         need(
             rows % world_size == 0,
@@ -616,6 +624,7 @@ class Step:
     tied: bool = False  # head and embedding are one
     adam: bool = True  # Adam updates; else it keeps the gradient for the next step
     sample: bool = False  # the weights after it count in the tail's mean
+    candidates: int = 0  # classes that the loss of a piece is over; 0: all
 
     @property
     def end(self) -> int:
@@ -656,7 +665,8 @@ def plan_steps(cfg: Config, budget: int) -> list[Step]:
         adam = after % o.adam_every == 0
         sample = after < round(o.tail * total) and after % o.tail_every == 0
         window = math.ceil(grown / 128) * 128
-        steps.append(Step(i, k, st.tokens, lr, mu, window, start, tied, adam, sample))
+        each = (i, k, st.tokens, lr, mu, window, start, tied, adam, sample, st.candidates)
+        steps.append(Step(*each))
         start += st.tokens
     return steps
 
@@ -862,6 +872,36 @@ def transposed(t: Tensor) -> Tensor:
     return t.t().contiguous()
 
 
+def stride_of(classes: int) -> int:
+    """Without a factor in common with `classes`, and near their golden section: so its multiples
+    go through all classes, and any few in a row lie evenly among them."""
+    start = round(classes * (math.sqrt(5) - 1) / 2)
+    return next(n for n in itertools.count(max(1, start)) if math.gcd(n, classes) == 1)
+
+
+def candidate_set(targets: Tensor, classes: int, size: int, turn: int) -> tuple[Tensor, Tensor]:
+    """What a softmax over `size` of `classes` ids is over (record 92); the host waits for nothing.
+
+    targets [N] int64 -> (ids [size], all different; the targets' places among them [N]). First
+    come the ids that are targets, then others, in a fixed order that each turn begins one id
+    further: over turns every class is a negative equally often. What a softmax over all would give
+    to the rest is not corrected for, so the loss is lower. Of more than `size` different targets
+    those last in that order are left out: their tokens get the place -1, no loss, which negative
+    targets have, too.
+    """
+    ids = torch.arange(classes, device=targets.device)
+    order = (ids * stride_of(classes) + turn) % classes
+    wanted = torch.zeros(classes + 1, dtype=torch.bool, device=targets.device)
+    wanted.index_fill_(0, torch.where(targets < 0, classes, targets), True)
+    wanted = wanted[order]
+    so_far = wanted.cumsum(0)
+    place = torch.where(wanted, so_far - 1, so_far[-1] + ids - so_far)
+    chosen = torch.empty_like(ids).index_copy_(0, place, order)[:size]
+    place_of = torch.empty_like(ids).index_copy_(0, order, place)
+    at = place_of[targets.clamp(min=0)]
+    return chosen, torch.where((targets >= 0) & (at < size), at, -1)
+
+
 class Head:
     """The language-model head with its loss, [N, d] -> nats, in pieces, gradient by hand.
 
@@ -892,6 +932,7 @@ class Head:
         self._losses, self._to_fp8 = wrap(token_losses), wrap(to_fp8)
         self._transposed, self._transposed_x = wrap(transposed), wrap(transposed)
         self._cast = None
+        self.left_out = torch.zeros((), dtype=torch.int64, device=weight.device)  # of sampled loss
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -901,16 +942,25 @@ class Head:
         else:
             self._cast = (self.weight.to(self.dtype),)
 
-    def piece(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw."""
+    def piece(
+        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw. ids: the classes that
+        the softmax is over and targets are places in; None: all."""
         (w,) = self._cast
+        w = w if ids is None else w[ids]
         losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
-        self.add_to_grad(g.t() @ h)
+        self.add_to_grad(g.t() @ h, ids)
         return losses, g @ w
 
-    def piece_fp8(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def piece_fp8(
+        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
+        if ids is not None:
+            w8 = w8.view(torch.uint8)[ids].view(E4M3)
+            w8t = self._transposed(w8)
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
         xs, ws = scale.new_full((), x_scale), scale.new_full((), self.w8_scale)
         gs = scale * G8_SCALE
@@ -923,22 +973,44 @@ class Head:
             g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         x8t = self._transposed_x(x8)
-        self.add_to_grad(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False))
+        self.add_to_grad(fp8_mm(g8t, x8t.t(), gs, xs, torch.float32, False), ids)
         return losses, dh
 
-    def add_to_grad(self, dw: Tensor) -> None:
-        """weight.grad += dw [V, d]; dw becomes it where there is none."""
+    def add_to_grad(self, dw: Tensor, ids: Tensor | None) -> None:
+        """weight.grad[ids] += dw [len(ids), d]; None: all of it, and dw becomes it where there is
+        none. No id comes twice, so the order of additions is that of the calls."""
+        dw = dw.to(self.weight.dtype)
+        if ids is None and self.weight.grad is None:
+            self.weight.grad = dw
+            return
         if self.weight.grad is None:
-            self.weight.grad = dw.to(self.weight.dtype)
-        else:
+            self.weight.grad = torch.zeros_like(self.weight)
+        if ids is None:
             self.weight.grad.add_(dw)
+        else:
+            self.weight.grad.index_add_(0, ids, dw)
 
     @torch.no_grad()
-    def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad."""
-        run = self.piece_fp8 if self.fp8 else self.piece
+    def backward(
+        self, h: Tensor, targets: Tensor, scale: Tensor, candidates: int = 0, position: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad.
+
+        candidates: how many classes the softmax of a piece is over; 0: all. position: the tokens
+        that the run trained before h, which decides whose turn it is: so a piece's candidates are
+        the same on any number of ranks and after --resume. Targets without a place are counted in
+        `left_out`.
+        """
+        run, turn = self.piece_fp8 if self.fp8 else self.piece, position // min(HEAD_PIECE, len(h))
+        out, ids = [], None
         pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        losses, grads = zip(*(run(x, t, scale) for x, t in pairs), strict=True)
+        for i, (x, t) in enumerate(pairs):
+            if candidates:
+                ids, places = candidate_set(t, len(self.weight), candidates, turn + i)
+                self.left_out += ((t >= 0) & (places < 0)).sum()
+                t = places
+            out.append(run(x, t, scale, ids))
+        losses, grads = zip(*out, strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
@@ -1892,7 +1964,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def flops_per_token(model: nn.Module, keys_long: float, keys_short: float) -> float:
-    """Forward and backward: 6 for each active parameter, and three times each arm's own count."""
+    """Forward and backward: 6 for each active parameter, and three times each arm's own count. Of a
+    loss over the whole vocabulary; `Reporter` takes off what a sampled one saves."""
     total = 6.0 * count_parameters(model)["active_matmul"]
     for i, block in enumerate(getattr(model, "blocks", ())):
         if block.attn is not None and hasattr(block.attn.arm, "flops_per_token"):
@@ -2996,6 +3069,13 @@ class Trainer:
                 raise InputError(f"the {split} split is empty: give it 2 tokens or more")
         if self.cfg.model.vocab < self.corpus.vocab:
             raise InputError(f"--vocab {self.cfg.model.vocab}: the data has {self.corpus.vocab}")
+        classes = padded(self.cfg.model.vocab)
+        for stage in self.cfg.schedule.stages:
+            if stage.candidates >= classes:
+                raise InputError(
+                    f"--stages {stage}: candidates are fewer than the head's {classes} classes, "
+                    "or 0 for all"
+                )
         rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
         odd = sorted(r for r in rows if r % BLOCK)
         if odd and run.device != "cpu" and torch.cuda.is_available():
@@ -3116,6 +3196,7 @@ class Trainer:
         """Weights, buffers, random numbers (a user's dropout) and optimizer as at step 0."""
         self.model.load_state_dict(self.new_model().state_dict())
         self.optimizer.reset()
+        self.head.left_out.zero_()
 
     def park(self) -> None:
         """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
@@ -3135,10 +3216,13 @@ class Trainer:
         dynamo = torch._dynamo.config
         dynamo.error_on_recompile = False
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
-        for rows, row in sorted({self.call_shape(s.tokens) for s in self.cfg.schedule.stages}):
-            self.announce(f"training graph, {rows} x {row} tokens a call")
+        stages = self.cfg.schedule.stages
+        for rows, row, some in sorted({(*self.call_shape(s.tokens), s.candidates) for s in stages}):
+            of = f", loss over {some} classes" if some else ""
+            self.announce(f"training graph, {rows} x {row} tokens a call{of}")
             tokens = rows * row * self.world.size
-            step = dataclasses.replace(self.steps[0], tokens=tokens, adam=True, sample=False)
+            changes = {"tokens": tokens, "adam": True, "sample": False, "candidates": some}
+            step = dataclasses.replace(self.steps[0], **changes)
             self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
         self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
@@ -3183,12 +3267,15 @@ class Trainer:
         total = torch.zeros((), device=device)
         both = self.windows(step.window)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
+        at = step.start + self.world.rank * batch.tokens.numel()
         for part in batch.split(rows):
             window = self.window_of(both, part.docs)
             part = part.to(device)
             h = self.forward(part.tokens, part.docs, window)
             flat = h.detach().flatten(0, 1)
-            losses, grad = self.head.backward(flat, part.targets.flatten(), scale)
+            sampled = step.candidates, at
+            losses, grad = self.head.backward(flat, part.targets.flatten(), scale, *sampled)
+            at += len(flat)
             h.backward(grad.view_as(h))
             total += losses.sum() / counted
         return total
@@ -3351,6 +3438,10 @@ class Reporter:
         ms, self.last = 1000 * (now - self.last), now
         rate, done = step.tokens / ms * 1000, step.index + 1
         flops = self.flops[0] + self.flops[1] * keys[0] + self.flops[2] * keys[1]
+        sampled = {"candidates": step.candidates} if step.candidates else {}
+        if sampled:
+            classes, width = self.trainer.head.weight.shape
+            flops -= 6 * (classes - step.candidates) * width
         mfu = flops * rate / (self.peak * self.world.size) if self.peak else None
         self.log.write(
             "step",
@@ -3364,14 +3455,18 @@ class Reporter:
             window=step.window,
             grad_norm=float(f"{norm:.6g}"),
             mfu=mfu and round(mfu, 4),
+            **sampled,
         )
+        of = f" candidates:{step.candidates}" if sampled else ""
         self.log.say(
-            f"step:{done}/{self.total} loss:{loss:.4f} train_s:{now:.2f} ms:{ms:.1f} "
+            f"step:{done}/{self.total} loss:{loss:.4f}{of} train_s:{now:.2f} ms:{ms:.1f} "
             f"tok/s:{rate:,.0f} lr:{step.lr:.3f} window:{step.window} norm:{norm:.3g}"
             + (f" mfu:{mfu:.1%}" if mfu else "")
         )
         left = now / done * (self.total - done)
-        self.log.progress(done, self.total, f"{done}/{self.total} loss {loss:.3f}, {left:.0f} s")
+        of = f" over {step.candidates} classes" if sampled else ""
+        text = f"{done}/{self.total} loss {loss:.3f}{of}, {left:.0f} s"
+        self.log.progress(done, self.total, text)
 
 
 class Run:
@@ -3465,9 +3560,19 @@ class Run:
         self.log.say(f"stopped by a signal; go on with --resume {self.folder}")
         raise SystemExit(EXIT_CODES["signal"])
 
+    def say_left_out(self) -> None:
+        """An event where a sampled loss had less room than targets since the last look."""
+        count = self.world.sum(self.trainer.head.left_out)
+        if count:
+            text = f"{int(count):,} targets had no place among the candidates, so no loss"
+            self.log.event("warning", f"{text}: give --stages more of them")
+        count.zero_()
+
     def look(self, done: int, final: bool = False) -> dict:
         """dev_loss at the present window; at the end also val, once, at two windows."""
         at = self.steps[done - 1]
+        if any(step.candidates for step in self.steps):
+            self.say_left_out()
         where = {"step": done, "tokens": at.end}
         where["train_s"] = round(self.clock.seconds, 3)
         dev = self.trainer.evaluate("dev", at.window)

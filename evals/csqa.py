@@ -158,7 +158,7 @@ class ChoiceHead(T.Head):
         """Nothing to cast: one row is used."""
 
     @torch.no_grad()
-    def backward(self, h: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, h: Tensor, targets: Tensor, scale: Tensor, *_) -> tuple[Tensor, Tensor]:
         """See T.Head. Each of a question's five ends bears the question's loss, as the loop takes
         the mean over ends. Ends that are no five (the loop's warm-up has no questions) are left."""
         at = (targets >= 0).nonzero()[:, 0]

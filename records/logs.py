@@ -146,9 +146,15 @@ def load_runs(folder: str | Path) -> list[Run]:
     return [load_run(p) for p in logs_in(folder)]
 
 
+def sampled(step: dict) -> int:
+    """Over how many classes the step's loss is, which is lower than one over all; 0: over all."""
+    return step.get("candidates", 0)
+
+
 def schedule_key(run: Run) -> str:
     """Same key = same tokens in the same steps: what two arms at equal tokens must share."""
-    steps = [[s["tokens"], s["lr"], s["window"]] for s in run.steps]
+    some = [[sampled(s)] if sampled(s) else [] for s in run.steps]
+    steps = [[s["tokens"], s["lr"], s["window"], *of] for s, of in zip(run.steps, some)]
     return hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
 
 

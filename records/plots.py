@@ -2,7 +2,8 @@
 
     python -m records.plots FOLDER
 
-loss_tokens, loss_seconds: training loss (line) and dev loss (points), mean over runs
+loss_tokens, loss_seconds: training loss (line; none of steps whose loss was over some classes
+  alone) and dev loss (points), mean over runs
 seed_bands: dev loss minus the baseline's mean, all seeds of an arm as a band
 differences: paired differences of the final loss, block by block, with 95 % intervals
 positions: final loss by position in the document, and its paired differences
@@ -35,7 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from records import summary
-from records.logs import BadLog, Run
+from records.logs import BadLog, Run, sampled
 from records.summary import Study
 
 MOST_POINTS = 150  # of a training curve
@@ -201,9 +202,14 @@ class Curve:
     looks: np.ndarray  # [runs, looks]: dev loss
 
 
+def shown(step: dict) -> float:
+    return np.nan if sampled(step) else step["loss"]
+
+
 def curve_of(runs: list[Run]) -> Curve:
-    """The training loss, averaged over steps side by side until few points are left."""
-    steps = [np.array([[s["tokens"], s["train_s"], s["loss"]] for s in run.steps]) for run in runs]
+    """The training loss, averaged over steps side by side until few points are left. It has a gap
+    (NaN) where it is over some classes alone: such a loss is no other's equal."""
+    steps = [np.array([[s["tokens"], s["train_s"], shown(s)] for s in run.steps]) for run in runs]
     mean = np.mean(steps, axis=0)
     parts = np.array_split(mean, min(len(mean), MOST_POINTS))
     points = np.array([[*part[-1, :2], part[:, 2].mean()] for part in parts])
@@ -230,7 +236,8 @@ def draw_loss(study: Study, by: str) -> Figure:
         dev = curve.looks.mean(0)
         axis.plot(look_x, dev, marker, color=colour)
         ends.append((short(arm), colour, (x[-1], dev[-1])))
-        seen += [*curve.loss[curve.tokens >= HIDDEN * curve.tokens[-1]], *dev]
+        late = (curve.tokens >= HIDDEN * curve.tokens[-1]) & np.isfinite(curve.loss)
+        seen += [*curve.loss[late], *dev]
     low, high = min(seen), max(seen)
     axis.set_ylim(low - 0.04 * (high - low), high)
     axis.set_xlim(left=0)

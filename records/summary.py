@@ -17,8 +17,9 @@ How figures are made: losses are those of the end of a run, by the claim's metri
 median over a stage's steps without the first, then the mean over runs (a step after a pause or a
 stage's change is slower, and both are in train seconds and tokens a second, which leave nothing
 out). Memory is the largest of the runs. `train_minus_dev` is the training loss, mean over the last
-5 % of the tokens, minus the dev loss at the end. Joules include validation. Floats are rounded to 7
-digits, so that a summary made again elsewhere is the same, byte by byte.
+5 % of the tokens, minus the dev loss at the end; steps whose loss was over some classes alone do
+not count, and where there are no others it is not known. Joules include validation. Floats are
+rounded to 7 digits, so that a summary made again elsewhere is the same, byte by byte.
 """
 
 from __future__ import annotations
@@ -236,11 +237,13 @@ def ms_by_stage(runs: list[Run]) -> dict[str, dict]:
     return {str(k): {"tokens": size[k], "ms": stats.mean(v)} for k, v in sorted(found.items())}
 
 
-def late_train_loss(run: Run) -> float:
-    """Mean over the tokens of the last 5 % of the run, the last step at least."""
+def late_train_loss(run: Run) -> float | None:
+    """Mean over the tokens of the last 5 % of the run, the last step at least, without sampled
+    losses; None where all of these are."""
     least = run.steps[-1]["tokens"] * (1 - LATE)
-    late = [(s["loss"], n) for s, n in zip(run.steps, step_tokens(run)) if s["tokens"] > least]
-    return math.fsum(loss * n for loss, n in late) / sum(n for _, n in late)
+    late = [(s, n) for s, n in zip(run.steps, step_tokens(run)) if s["tokens"] > least]
+    late = [(s["loss"], n) for s, n in late if not logs.sampled(s)]
+    return math.fsum(loss * n for loss, n in late) / sum(n for _, n in late) if late else None
 
 
 def same(runs: list[Run], name: str):
@@ -266,7 +269,7 @@ def arm_figures(runs: list[Run], metric: str) -> dict:
     """Everything about one arm's runs of one schedule."""
     losses, seconds, dev = finals(runs, metric), train_seconds(runs), finals(runs, "dev_loss")
     late = [late_train_loss(run) for run in runs]
-    gap = known(dev, lambda dev: stats.mean(stats.differences(late, dev)))
+    gap = known([*late, *dev], lambda _: stats.mean(stats.differences(late, dev)))
     end = {k: [run.end[k] for run in runs] for k in ("peak_alloc", "peak_reserved", "joules")}
     return {
         "n": len(runs),
@@ -278,7 +281,7 @@ def arm_figures(runs: list[Run], metric: str) -> dict:
         "means": {name: known(finals(runs, name), stats.mean) for name in LOSSES},
         "bits_a_byte": known([look(run, metric)["bpb"] for run in runs], stats.mean),
         "by_position": {k: stats.mean(v) for k, v in positions(runs, metric).items()},
-        "train_loss": stats.mean(late),
+        "train_loss": known(late, stats.mean),
         "train_minus_dev": gap,
         "train_s": {"mean": stats.mean(seconds), "sd": stats.sd(seconds)},
         "ms_by_stage": ms_by_stage(runs),

@@ -47,7 +47,8 @@ def kind_of(kernel: str) -> str:
 
 
 def build(arm: str, args) -> T.Trainer:
-    stage = T.Stage(1.0, args.tokens, 1.0, (args.windows[-1], args.windows[-1]))
+    limits = (args.windows[-1], args.windows[-1])
+    stage = T.Stage(1.0, args.tokens, 1.0, limits, args.candidates)
     changes = dict(kv.split("=", 1) for kv in args.set)
     cfg = T.make_config(
         args.preset, arm=arm, data=args.data, stages=(stage,), tokens=(args.steps + 2) * args.tokens
@@ -197,6 +198,7 @@ def measure(arm: str, args) -> dict:
     peak = torch.cuda.max_memory_allocated() / 1e9 if world.cuda else 0.0
     gpu = torch.cuda.get_device_name() if world.cuda else None
     row = {"arm": arm, "world": world.size, "gpu": gpu, "tokens": args.tokens}
+    row |= {"candidates": args.candidates} if args.candidates else {}
     row |= {"compile_s": round(trainer.compile_s, 1), "peak_gb": peak, "ms": ms}
     row["tokens_per_s"] = {w: args.tokens / v * 1000 for w, v in ms.items()}
     row["collectives"] = collectives(trainer)
@@ -221,6 +223,9 @@ def main() -> None:
     p.add_argument("--preset", default="speedrun")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     p.add_argument("--tokens", type=int, default=393_216, help="tokens a step")
+    p.add_argument(
+        "--candidates", type=int, default=0, metavar="P", help="classes of the loss (0: all)"
+    )
     p.add_argument("--steps", type=int, default=5, help="steps timed at each window")
     p.add_argument("--windows", type=int, nargs="+", default=[384, 896, 1408], help="tokens")
     p.add_argument("--profile", type=int, default=0, metavar="N", help="print the N top kernels")

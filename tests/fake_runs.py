@@ -135,6 +135,7 @@ def write_steps(
             **{"tokens": done, "train_s": round(seconds, 4), "ms": round(took, 3)},
             **{"stage": s.stage, "lr": round(s.lr, 6), "window": s.window},
             **{"grad_norm": float(f"{0.4 + 0.1 * noise.random():.6g}"), "mfu": 0.41},
+            **({"candidates": s.candidates} if s.candidates else {}),
         )
         if s.index + 1 in looks | {n}:
             where = {"step": s.index + 1, "tokens": done, "train_s": round(seconds, 3)}
@@ -160,6 +161,7 @@ def fake_run(
     preset: str = "plain",
     track: str = "open-text",
     final_val: bool = True,
+    stages: str = "",
     **header_overrides,
 ) -> Path:
     """Writes FOLDER/RUN_ID/run.jsonl, a finished run of one H100; returns FOLDER/RUN_ID.
@@ -167,14 +169,17 @@ def fake_run(
     `tokens` is the budget of this very run (a `fraction` is a label only); `final` its val_loss_ext
     (dev_loss is DEV_GAP higher, val_loss WINDOW_GAP); `ms` a step of the first stage takes, later
     stages in proportion to their tokens, so that tokens/s is the same throughout, plus `first_ms`
-    for the first step of each stage. `header_overrides` replace keys of the header; a dict is
-    merged with what is there: `env={"host": "node-2"}`. For an unfinished run drop its last line.
+    for the first step of each stage. `stages`: instead of the preset's. `header_overrides` replace
+    keys of the header; a dict is merged with what is there: `env={"host": "node-2"}`. For an
+    unfinished run drop its last line.
     """
     cfg = T.make_config(
         preset,
         **{"arm": arm, "seed": seed, "data_seed": data_seed, "tokens": tokens, "track": track},
         **{"run_id": run_id, "out": "runs", "data": "tokens", "final_val": final_val},
     )
+    if stages:
+        cfg = cfg.with_(stages=T.parse_value("stages", stages))
     steps = T.plan_steps(cfg, tokens)
     labels = {"sitting": sitting, "block": block, "order": order, "fraction": fraction}
     header = make_header(cfg, steps, labels)

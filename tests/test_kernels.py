@@ -206,6 +206,30 @@ def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
     test_interpreted_loss_and_gradient(None, 30.0, 134, 144)
 
 
+def plain_fp8_mm(a, b, scale_a, scale_b, out_dtype, fast):
+    return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+
+@interpreted
+def test_interpreted_loss_over_candidates(cast_by_bits, monkeypatch):
+    """Two pieces of the head with the kernels and without; 144 candidates are 2.25 tiles."""
+    monkeypatch.setattr(T, "fp8_mm", plain_fp8_mm)
+    monkeypatch.setattr(T, "HEAD_PIECE", 80)
+    h = T.norm(rand(144, 48, dtype=torch.bfloat16))
+    weight = rand(512, 48, seed=1, std=0.1)
+    gen = torch.Generator().manual_seed(6)
+    targets = torch.randint(60, (144,), generator=gen) * 37 % 512
+    targets[::7], results = -1, []
+    for fused in (False, True):
+        head = T.Head(torch.nn.Parameter(weight), 30.0, torch.bfloat16, True, False, fused)
+        head.prepare()
+        got = head.backward(h, targets, torch.tensor(3.0), 144, 5 * 80)
+        results.append((*got, head.weight.grad))
+    far = [error(f, p) for p, f in zip(*results, strict=True)]
+    assert far[0] < 1e-5 and max(far) < 1e-2, far
+    assert (results[1][2].abs().sum(1) > 0).sum() > 144, "two pieces, two sets"
+
+
 # ---- where the kernels do not run ---------------------------------------------------------------
 
 
@@ -530,8 +554,10 @@ def test_gpu_loss_keeps_nan():
 
 @gpu
 @here
-def test_gpu_head():
-    """Pieces of the head with the kernels and without: losses, dh, dw."""
+@pytest.mark.parametrize("candidates", [0, 24_576])
+def test_gpu_head(candidates):
+    """Pieces of the head with the kernels and without: losses, dh, dw; over all classes, over some.
+    (A piece of targets drawn evenly has some 14,000 different ones.)"""
     h = T.norm(rand(20_480, 768, dtype=torch.bfloat16, device=CUDA))
     weight = rand(50_304, 768, seed=1, std=0.05, device=CUDA)
     _, targets = loss_case(20_480, 50_304, device=CUDA)
@@ -540,7 +566,9 @@ def test_gpu_head():
         head = T.Head(torch.nn.Parameter(weight), 30.0, torch.bfloat16, True, False, fused)
         head.weight.grad = torch.zeros_like(weight)
         head.prepare()
-        results.append((*head.backward(h, targets, scale), head.weight.grad))
+        got = head.backward(h, targets, scale, candidates, 7 * T.HEAD_PIECE)
+        results.append((*got, head.weight.grad))
+        assert head.left_out == 0
     far = [error(f, p) for p, f in zip(*results, strict=True)]
     print(far)
     assert far[0] < 1e-5 and max(far) < 5e-3

@@ -150,6 +150,17 @@ def test_curves_are_means_with_few_points(tmp_path):
     assert curve.looks[1, -1] == runs[1].final("dev_loss")
 
 
+def test_a_sampled_loss_is_no_line(tmp_path):
+    """A gap in the curve, and the rest is drawn to its own scale; all of it a gap, too."""
+    some, rest = "0.5:262144:1:128:10240", "0.5:262144:1:128"
+    for name, stages in (("half", f"{some}+{rest}"), ("all", f"{some}+{some}")):
+        folder = fake_comparison(tmp_path / name, ARMS, blocks=2, stages=stages)
+        curve = plots.curve_of(logs.load_runs(folder)[:1])
+        sampled = curve.tokens <= curve.tokens[-1] / 2
+        assert (np.isnan(curve.loss) == (sampled | (name == "all"))).all()
+        assert plots.main([str(folder)]) == 0
+
+
 def test_fits_are_drawn_through_their_points(folder, drawn):
     """The fitted line ends at the mean of the runs it stands for: two lengths, so exactly."""
     said = summary.summarise(folder)

@@ -59,7 +59,9 @@ def stage_texts(draw) -> str:
     part = st.tuples(FLOATS, INTS, FLOATS, INTS, INTS).map(
         "{0[0]}:{0[1]}:{0[2]}:{0[3]}-{0[4]}".format
     )
-    good = st.sampled_from(["1:1024:1:128", "0.5:512:1:128-256+0.5:1024:1.5:256", "1:96:1:64-64"])
+    good = st.sampled_from(
+        ["1:1024:1:128", "0.5:512:1:128-256+0.5:1024:1.5:256", "1:96:1:64-64", "1:512:1:64:128"]
+    )
     return draw(st.one_of(good, st.lists(part, min_size=1, max_size=2).map("+".join)))
 
 

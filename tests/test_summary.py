@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from fake_runs import BUDGET, DEV_GAP, WATTS, WINDOW_GAP, fake_comparison, fake_
 from helpers import T, chain_breaks, read_log, tiny
 from scipy import stats as scipy_stats
 
-from records import logs, summary
+from records import logs, summary, tables
 from records.logs import BadLog
 
 TWO = {"softmax": (3.50, 100.0), "diff_v2": (3.49, 110.0)}
@@ -120,6 +121,39 @@ def test_train_minus_dev_is_over_the_last_twentieth(screen):
         ]
         gaps.append(statistics.mean(late) - dev[-1])
     assert said["train_minus_dev"] == pytest.approx(statistics.mean(gaps), rel=1e-5)
+
+
+SAMPLED = "0.5:262144:1:128:10240+0.47:262144:1:128:24576+0.03:262144:1:128"
+
+
+def test_a_sampled_loss_is_not_set_against_dev(tmp_path):
+    """Of the last 7 of 150 steps the last 4 have a whole loss; in the second case none has."""
+    for name, stages, whole in (("some", SAMPLED, 4), ("none", "1:262144:1:128:10240", 0)):
+        folder = fake_comparison(tmp_path / name, TWO, blocks=2, stages=stages)
+        said = summary.summarise(folder)["schedules"][0]
+        arm = said["arms"]["diff_v2"]
+        steps = [read_log(folder / f"b0{b}_diff_v2", "step") for b in (1, 2)]
+        late = [[s["loss"] for s in run[-7:] if "candidates" not in s] for run in steps]
+        assert [len(losses) for losses in late] == [whole] * 2
+        if whole:
+            mean = statistics.mean(statistics.mean(losses) for losses in late)
+            assert arm["train_loss"] == pytest.approx(mean, rel=1e-6)
+        else:
+            assert arm["train_loss"] is arm["train_minus_dev"] is None
+            assert [row[-1] for row in tables.loss_table(said)] == ["train - dev", "-", "-"]
+
+
+def test_a_sampled_loss_is_another_schedule(tmp_path):
+    """And the key of a schedule without one is what it was."""
+    whole = SAMPLED.replace(":10240", "").replace(":24576", "")
+    runs = [
+        logs.load_run(fake_run(tmp_path, f"r{i}", stages=stages))
+        for i, stages in enumerate((SAMPLED, whole))
+    ]
+    assert len({logs.schedule_key(run) for run in runs}) == 2
+    steps = [[s["tokens"], s["lr"], s["window"]] for s in runs[1].steps]
+    digest = hashlib.sha256(json.dumps(steps).encode()).hexdigest()
+    assert logs.schedule_key(runs[1]) == digest[:16]
 
 
 def test_loss_by_position(screen):
