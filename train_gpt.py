@@ -4413,16 +4413,15 @@ def probe_loss(device: torch.device) -> str:
         return failure(e)
 
 
-ROWS_AT_ONCE = 16, 4  # gradients of a row, warps
+ROWS_AT_ONCE = 8, 4  # gradients of a row, warps
 
 
 @jit
-def signed_sum(grad, signs, places, order, i, mine, columns, D):
-    """Of the gradients at [R] in `order`, where `mine`, each as its row has it: [columns] fp32."""
-    at = tl.load(order + i, mine, 0)
-    sign = tl.load(places + 2 * at + 1, mine, 0)
+def signed_sum(grad, signs, tokens, places, i, mine, columns, D):
+    """Of the gradients at [R] in `tokens`, where `mine`, each as its row has it: [columns] fp32."""
+    token, sign = tl.load(tokens + i, mine, 0).to(tl.int64), tl.load(places + i, mine, 0)
     inside = mine[:, None] & (columns < D)[None, :]
-    g = tl.load(grad + (at // 2)[:, None] * D + columns[None, :], inside, 0.0)
+    g = tl.load(grad + token[:, None] * D + columns[None, :], inside, 0.0)
     s = tl.load(signs + sign[:, None] * D + columns[None, :], inside, 0)
     return tl.sum(g.to(tl.float32) * s.to(tl.float32), 0)
 
@@ -4436,7 +4435,7 @@ def update_rows(
     bad,
     factor,
     rows,
-    order,
+    tokens,
     places,
     signs,
     grad,
@@ -4450,8 +4449,8 @@ def update_rows(
     WIDTH: tl.constexpr,
     SOME: tl.constexpr,
 ):
-    """A program for each place in the sorted `rows`: the first of a row's sums over them all and
-    updates it. order: where in `places` they come from.
+    """A program for each of the sorted `rows`: the first of a row's sums over them all and updates
+    it. tokens, places: to whose gradient, by which row of signs, each is a share.
 
     Most rows are there once, so one gradient is taken alone; then SOME at a time, or the program of
     the commonest pair would wait for memory long after the others have ended.
@@ -4460,24 +4459,24 @@ def update_rows(
     row = tl.load(rows + i)
     if (row != tl.load(rows + i - 1, i > 0, -1)) & (tl.load(bad) == 0):
         columns = tl.arange(0, WIDTH)
-        at = i + tl.arange(0, 1)
-        total = signed_sum(grad, signs, places, order, at, at < end, columns, D)
+        here, now = table + row.to(tl.int64) * D + columns, tl.load(count)
+        w = tl.load(here, columns < D, 0.0)
+        square, missed = tl.load(second + row), now - tl.load(seen + row)
+        one = i + tl.arange(0, 1)
+        total = signed_sum(grad, signs, tokens, places, one, one < end, columns, D)
         i += 1
         more = tl.load(rows + i, i < end, -1) == row
         while more:
             at = i + tl.arange(0, SOME)
             mine = tl.load(rows + at, at < end, -1) == row
-            total += signed_sum(grad, signs, places, order, at, mine, columns, D)
+            total += signed_sum(grad, signs, tokens, places, at, mine, columns, D)
             i += SOME
             more = tl.sum(mine.to(tl.int32)) == SOME
         total *= tl.load(factor)
-        now = tl.load(count)
-        kept = tl.exp2((now - tl.load(seen + row)) * LOG_BETA2)
-        square = tl.load(second + row) * kept + tl.sum(total * total) * ((1 - BETA2) / D)
+        square *= tl.exp2(missed * LOG_BETA2)
+        square += tl.sum(total * total) * ((1 - BETA2) / D)
         root = tl.sqrt(square / (1 - tl.exp2(now * LOG_BETA2))) + EPS
-        here = table + row.to(tl.int64) * D + columns
-        w = tl.load(here, columns < D, 0.0).to(tl.float32)
-        w = w * (1 - rate * wd) - total * (rate / root)
+        w = w.to(tl.float32) * (1 - rate * wd) - total * (rate / root)
         w = tl.where(w * total > 0, w * (1 - rate * rate * cautious), w)
         tl.store(here, w.to(table.dtype.element_ty), columns < D)
         tl.store(second + row, square)
@@ -4497,13 +4496,14 @@ def fused_row_update(
 ) -> None:
     """`row_update` in one pass after a sort. Nothing waits for the device, and sums are in the
     order of the tokens: the same bits in every run."""
-    for t in (table, *state, places, signs, grad):
+    for t in (table, *state, signs, grad):
         assert t.is_contiguous(), t.stride()
     rows, order = places[..., 0].flatten().sort(stable=True)
+    sign, token = places[..., 1].flatten()[order], (order // 2).int()
     (some, warps), beta2, d = ROWS_AT_ONCE, group.betas[1], table.size(1)
     sizes = (beta2, math.log2(beta2), group.eps, d, triton.next_power_of_2(d), some)
     numbers = (float(rate), float(group.wd), float(group.cautious_wd))
-    inputs = (bad.view(torch.uint8), factor, rows, order, places, signs, grad)
+    inputs = (bad.view(torch.uint8), factor, rows, token, sign, signs, grad)
     update_rows[(len(rows),)](table, *state, *inputs, *numbers, *sizes, num_warps=warps)
 
 

@@ -440,3 +440,84 @@ def test_two_ranks_are_one_and_go_on_as_one(text_data, tmp_path):
     resume = str(tmp_path / "two" / "ckpt" / "step_00000005")
     T.train(config(text_data, tmp_path, **RANKED, resume=resume))
     assert H.losses(tmp_path / "two") == pytest.approx(losses, abs=2e-5)
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_compiled_run_makes_all_its_graphs_in_warm_up(text_data, tmp_path):
+    """A recompile after it is an error; the losses are those of the plain run."""
+    for compiled in (False, True):
+        changes = {"compile": compiled, "n_layer": 2, "adam_every": 2, "token_shares": True}
+        T.train(config(text_data, tmp_path, run_id=f"c{compiled}", **changes))
+    plain, compiled = (H.losses(tmp_path / f"c{c}") for c in (False, True))
+    assert plain == pytest.approx(compiled, abs=1e-4)
+
+
+gpu = pytest.mark.gpu
+here = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+
+@gpu
+@here
+def test_gpu_lookup_compiled_in_a_table_beyond_32_bits():
+    """2^31 numbers and more: the last rows are found, by Inductor's kernel, too."""
+    torch._dynamo.reset()
+    cfg = T.make_config(ngram=1 << 22, vocab=50_304).model
+    ngram = T.Ngram(cfg, torch.bfloat16).cuda()
+    ngram.make()
+    assert ngram.table.numel() > 2**31
+    ngram.table.normal_()
+    gen = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50_257, (4, 4096), generator=gen, dtype=torch.int32)
+    docs = (torch.rand(4, 4096, generator=gen) < 0.01).cumsum(1).int()
+    at, signs = (t.cuda() for t in ngram.places(tokens, T.starts_of(docs)))
+    want = torch.zeros(4, 4096, 768, device="cuda")
+    for kind in (0, 1):
+        want += ngram.table[at[..., kind]].float() * ngram.signs[signs[..., kind]]
+    look = torch.compile(ngram.lookup, fullgraph=True, dynamic=False)
+    for call in (ngram.lookup, look):
+        got = call(tokens.cuda(), docs.cuda())
+        assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
+
+
+def no_wait(trainer: T.Trainer, part: T.Batch) -> None:
+    rows, one = trainer.optimizer.rows, torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (e,) = trainer.looked_up(part)
+        for _ in range(2):
+            rows.hold(part.tokens, part.docs, torch.ones_like(e))
+            rows.collect()
+        rows.update(1.0, one, trainer.optimizer.bad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@here
+def test_gpu_run(text_data, tmp_path):
+    """Compiled, with the kernel: nothing compiles after warm-up, no step waits for the device, and
+    the losses follow those of the plain update."""
+    changes = {"device": "cuda", "dtype": "bfloat16", "compile": True, "adam_every": 2}
+    changes |= {
+        "row_tokens": 128,
+        "val_row_tokens": 128,
+        "stages": (T.Stage(1.0, 1024, 1.0, (128, 128)),),
+    }
+    changes |= {"micro_batch_tokens": 512, "val_call_tokens": 1024, "tokens": 1024 * 20}
+    losses = []
+    for run_id in ("kernel", "plain"):
+        trainer = T.Trainer(config(text_data, tmp_path, **changes, run_id=run_id))
+        assert trainer.uses("ngram") and trainer.optimizer.rows.update_rows is T.fused_row_update
+        if run_id == "plain":
+            trainer.optimizer.rows.update_rows = T.row_update
+        trainer.warm_up()
+        if run_id == "kernel":
+            no_wait(trainer, first_batch(trainer).split(4)[0].to(trainer.world.device))
+            trainer.start()
+        trainer.run()
+        losses.append(H.losses(tmp_path / run_id))
+    assert losses[0] == pytest.approx(losses[1], abs=0.05) and losses[0][-1] < losses[0][0] - 0.3
