@@ -143,6 +143,9 @@ class ModelConfig:
     )
     bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
     bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
+    ngram: int = knob(
+        0, "rows of a table looked up by pair and triple, instead of that (record 92: many; 0: off)"
+    )
     token_shares: bool = knob(
         False, "x0's and the token pair's share in a block follow the token (record 85)"
     )
@@ -439,6 +442,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.bigram or not m.bigram_dim, "--bigram_dim is of the table of --bigram rows")
     need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
     need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
+    fits = m.ngram % 128 == 0 and m.ngram < 2**31
+    need(fits, f"--ngram {m.ngram}: rows by 128, fewer than 2^31")
+    both = m.bigram and m.ngram
+    need(not both, "--bigram and --ngram join the blocks in the same way: leave one of them out")
     rotates_half = m.rope and m.half_rope
     need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
@@ -521,8 +528,8 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
         need(not without, f"--{name} names blocks of --no_attention")
     late = m.mudd and m.n_layer - 1 in kept_blocks(m)
     need(not late, "--mudd: --skip, --backout and --attention_from come before the last block")
-    has_shares = m.x0 or m.bigram or not m.token_shares
-    need(has_shares, "--token_shares are of --x0 and --bigram, which are both off")
+    has_shares = m.x0 or m.bigram or m.ngram or not m.token_shares
+    need(has_shares, "--token_shares are of --x0 and --bigram or --ngram, which are all off")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
     paired, name = set(m.paired), parse_arm(m.arm)[0]
@@ -1720,6 +1727,12 @@ class Shares(nn.Module):
 SIGN_ROWS = 8192
 
 
+def random_signs(columns: int) -> Tensor:
+    """[SIGN_ROWS, columns] of -1 and 1, int8, always the same."""
+    gen = torch.Generator().manual_seed(0)
+    return 2 * torch.randint(2, (SIGN_ROWS, columns), generator=gen, dtype=torch.int8) - 1
+
+
 class Bigram(nn.Module):
     """A table of embeddings for pairs of tokens, which share rows by a hash (record 62).
 
@@ -1734,10 +1747,8 @@ class Bigram(nn.Module):
         dim = cfg.bigram_dim or cfg.d_model
         self.table = parameter((self.rows, dim), ("zeros",), "bigram")
         self.scale = parameter((cfg.n_layer,), ("constant", 0.1), "scalar")  # of each block's share
-        if cfg.bigram_dim:
-            gen = torch.Generator().manual_seed(0)  # persistent: a checkpoint holds what it drew
-            bits = torch.randint(2, (SIGN_ROWS, dim), generator=gen, dtype=torch.int8)
-            self.register_buffer("signs", 2 * bits - 1)
+        if cfg.bigram_dim:  # persistent: a checkpoint holds what it drew
+            self.register_buffer("signs", random_signs(dim))
 
     def row_of(self, tokens: Tensor, last: Tensor, starts: Tensor) -> Tensor:
         """[B, T] int64, of the pairs (last, token)."""
@@ -1758,6 +1769,68 @@ class Bigram(nn.Module):
         columns that there are."""
         share = (self.scale[layer].to(x.dtype) + more) * pairs
         return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
+
+
+class Ngram(nn.Module):
+    """A table of embeddings for pairs of tokens and, its second half, for triples, so large that
+    few of them share a row (record 92). What does share one has other random signs, as in `Bigram`.
+
+    The last row of each half is for tokens with too few before them in their document. The table
+    is no parameter: backward gives the gradient of what was looked up, and `RowAdam` updates the
+    rows that were. Before training it is None, which stands for zeros and takes no memory.
+    """
+
+    join = Bigram.join
+
+    def __init__(self, cfg: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.rows, self.dim, self.dtype = cfg.ngram, cfg.d_model, dtype
+        self.scale = parameter((cfg.n_layer,), ("constant", 0.1), "scalar")  # of each block's share
+        self.register_buffer("table", None)
+        self.register_buffer("signs", random_signs(self.dim))
+        self.register_load_state_dict_pre_hook(Ngram.make_room)
+
+    def make(self) -> None:
+        """The table, all zero, beside the signs, where there is none."""
+        if self.table is None:
+            shape, device = (self.rows, self.dim), self.signs.device
+            self.table = torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def make_room(self, state: dict, prefix: str, *_) -> None:
+        """Before `load_state_dict`: who brings no table brings zeros."""
+        if prefix + "table" in state:
+            self.make()
+        elif self.table is not None:
+            state[prefix + "table"] = self.table.zero_()
+
+    def places(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, T], starts as `starts_of` has them -> int64 [B, T, 2], of the pair and of the
+        triple that end with a token: rows of the table, and of the signs by an independent hash."""
+        early, half = starts | before(starts), self.rows // 2
+        x = tokens.long()
+        y = torch.where(starts, 0, before(x))
+        z = torch.where(early, 0, before(y))
+        pair = (x * 36_313) ^ (y * 27_191)
+        triple = (x * 17_351) ^ (y * 60_961) ^ (z * 45_259)
+        row = torch.where(starts, half - 1, pair % (half - 1))
+        row3 = torch.where(early, half - 1, triple % (half - 1))
+        sign = (x * 52_711) ^ (y * 39_119)
+        sign3 = (x * 48_611) ^ (y * 21_379) ^ (z * 57_241)
+        # Not the lowest bits, which those of the tokens alone would decide.
+        signs = torch.stack([sign, sign3], dim=-1) // 256 % SIGN_ROWS
+        return torch.stack([row, half + row3], dim=-1), signs
+
+    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens and starts as in `places` -> [B, T, d]: the sum of both signed rows."""
+        if self.table is None:
+            return self.signs.new_zeros(*tokens.shape, self.dim, dtype=dtype)
+        rows, signs = self.places(tokens, starts)
+        return (F.embedding(rows, self.table) * self.signs[signs]).sum(-2).to(dtype)
+
+    @torch.no_grad()
+    def lookup(self, tokens: Tensor, docs: Tensor) -> Tensor:
+        """`forward` as GPT's takes it in `pairs`, a leaf of its own."""
+        return self(tokens, starts_of(docs), self.dtype)
 
 
 class MLP(nn.Module):
@@ -1800,7 +1873,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
     for the head. window: long and short, tokens, int32 on the device; or `Limits`, which ask for
-    FlashAttention-4."""
+    FlashAttention-4. pairs [B, T, columns]: what a table has for the tokens; else it is asked."""
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1820,8 +1893,9 @@ class GPT(nn.Module):
         tables = len(cfg.value_layers) or cfg.value_tables
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
         self.bigram = Bigram(cfg) if cfg.bigram else None
+        self.ngram = Ngram(cfg, dtype) if cfg.ngram else None
         self.smear = Smear() if cfg.smear else None
-        of_block = cfg.x0 + (cfg.bigram > 0)
+        of_block = cfg.x0 + (cfg.bigram > 0 or cfg.ngram > 0)
         self.shares = Shares(cfg, cfg.n_layer * of_block) if cfg.token_shares else None
         kept = 2 + len(kept_blocks(cfg))  # and x0 and the state itself
         mudd = [Shares(cfg, kept) for _ in range(2)] if cfg.mudd else []
@@ -1883,7 +1957,9 @@ class GPT(nn.Module):
             out.append(Context(mask, rope, self.score_scale, starts, docs, w))
         return out
 
-    def forward(self, tokens: Tensor, docs: Tensor, window: Tensor | Limits) -> Tensor:
+    def forward(
+        self, tokens: Tensor, docs: Tensor, window: Tensor | Limits, pairs: Tensor | None = None
+    ) -> Tensor:
         cfg = self.cfg
         contexts = self.contexts(docs, window)
         tables = [F.embedding(tokens, t).to(self.dtype) for t in self.values]
@@ -1892,8 +1968,9 @@ class GPT(nn.Module):
         if self.smear is not None:
             x = self.smear(x, starts)
         x = x0 = norm(x)
-        if self.bigram is not None:
-            pairs = self.bigram(tokens, starts, self.dtype)
+        table = self.bigram if self.ngram is None else self.ngram
+        if table is not None and pairs is None:
+            pairs = table(tokens, starts, self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
         shares = iter(()) if self.shares is None else iter(self.shares(x0))
         for i, block in enumerate(self.blocks):
@@ -1903,8 +1980,8 @@ class GPT(nn.Module):
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
             if cfg.x0:
                 x = resid[i, 0] * x + (resid[i, 1] + next(shares, 0.0)) * x0
-            if self.bigram is not None:
-                x = self.bigram.join(x, pairs, i, next(shares, 0.0))
+            if table is not None:
+                x = table.join(x, pairs, i, next(shares, 0.0))
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
@@ -1960,6 +2037,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
             attention += p.numel()
         if p.ndim == 2 and group not in ("embed", "tied", "value", "bigram", "scalar"):
             active += p.numel()
+    stored += sum(m.rows * m.dim for m in model.modules() if isinstance(m, Ngram))
     return {"active_matmul": active, "stored": stored, "attention": attention}
 
 
@@ -2103,6 +2181,7 @@ def parameter_groups(o: OptimConfig) -> dict[str, Group]:
         "tied": head,  # the embedding under --tie: as the head, also after they part
         "value": adam(o.value_lr, o.value_betas, cautious_wd=5 * decay),
         "bigram": adam(o.value_lr, (0.75, 0.95), cautious_wd=5 * decay),
+        "ngram": adam(o.value_lr, (0.0, 0.95), cautious_wd=5 * decay),  # record 92; see RowAdam
         "scalar": adam(o.scalar_lr, o.scalar_betas, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
         "shares": adam(0.25 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 81
@@ -2237,6 +2316,123 @@ class Bank:
         return moments | ({"grad": self.kept} if self.held else {}) | tail
 
 
+def row_update(
+    table: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    places: Tensor,
+    signs: Tensor,
+    grad: Tensor,
+    factor: Tensor,
+    rate: float,
+    bad: Tensor,
+    group: Group,
+) -> None:
+    """An update of the rows of `table` [rows, d] that `places` int32 [N, 2, 2] names, in place.
+
+    places: of two rows that a token had looked up, the row and its row of `signs`; grad [N, d] is
+    the gradient of their sum, to be multiplied with `factor`. state: the rows' second moments
+    [rows], the updates in which they last moved [rows], and the number of this one, int32.
+    """
+    second, seen, count = state
+    rows, which = places[..., 0].flatten().unique(return_inverse=True)
+    each = grad[:, None].float() * signs[places[..., 1].long()]
+    total = second.new_zeros(len(rows), table.size(1)).index_add_(0, which, each.flatten(0, 1))
+    total *= factor
+    old, old_second, beta2 = table[rows], second[rows], group.betas[1]
+    square = beta2 ** (count - seen[rows]) * old_second + (1 - beta2) * total.square().mean(1)
+    root = (square / (1 - beta2**count)).sqrt() + group.eps
+    new = old.float() * (1 - rate * group.wd) - rate * total / root[:, None]
+    new = torch.where(new * total > 0, new * (1 - rate**2 * group.cautious_wd), new)
+    table[rows] = torch.where(bad, old, new.to(old.dtype))
+    second[rows] = torch.where(bad, old_second, square)
+    seen[rows] = torch.where(bad, seen[rows], count)
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pairs of tensors as a pair."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = (torch.cat(some) for some in zip(*parts, strict=True))
+    return first, second
+
+
+class RowAdam:
+    """Adam for the table of an `Ngram` (record 92): without a first moment, with one second moment
+    for a row, and in an update only what was looked up since the last one moves or decays. What
+    the second moments of other rows miss is made up for when they are next looked up.
+
+    Every rank has the whole table and makes the same update, from all ranks' gradients.
+    """
+
+    NAME = "ngram.table"  # of the table in the model's state, and of this one's in the optimizer's
+
+    def __init__(self, ngram: Ngram, group: Group, world: World):
+        self.ngram, self.group, self.world = ngram, group, world
+        self.update_rows = row_update
+        device = ngram.signs.device
+        self.second = torch.zeros(ngram.rows, device=device)
+        self.seen = torch.zeros(ngram.rows, dtype=torch.int32, device=device)
+        self.count = torch.zeros((), dtype=torch.int32, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        # (places, gradient) as in `row_update`: this rank's of a step; all ranks' of earlier ones.
+        self.fresh: list[tuple[Tensor, Tensor]] = []
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def reset(self) -> None:
+        """State as at step 0."""
+        self.clear()
+        for t in (self.second, self.seen, self.count):
+            t.zero_()
+
+    @torch.no_grad()
+    def hold(self, tokens: Tensor, docs: Tensor, grad: Tensor) -> None:
+        """Takes the gradient [B, T, d] of what was looked up for tokens [B, T]."""
+        places = torch.stack(self.ngram.places(tokens, starts_of(docs)), dim=-1).int()
+        self.fresh.append((places.flatten(0, 1), grad.flatten(0, 1)))
+
+    def collect(self) -> Tensor:
+        """Holds a step's gradients, of all ranks; returns the sum of squares [1] of this rank's,
+        which is finite where they are."""
+        mine, self.fresh = self.fresh, []
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for _, grad in mine]
+        if self.world.size > 1:
+            own = joined(mine)
+            full = [t.new_empty(self.world.size * len(t), *t.shape[1:]) for t in own]
+            for wait in [self.world.all_gather(*pair) for pair in zip(full, own, strict=True)]:
+                wait.wait()
+            mine = [tuple(full)]
+        self.held += mine
+        return torch.stack(norms).square().sum().view(1)
+
+    @torch.no_grad()
+    def update(self, lr: float, factor: Tensor, bad: Tensor) -> None:
+        """One step from all that is held. factor: on the gradient; lr, bad: as in `Bank.update`."""
+        places, grad = joined(self.held)
+        self.clear()
+        self.count.add_(bad.logical_not())
+        state = (self.second, self.seen, self.count)
+        rest = (factor, self.group.lr * lr, bad, self.group)
+        self.update_rows(self.ngram.table, state, places, self.ngram.signs, grad, *rest)
+
+    def state(self) -> dict[str, Tensor]:
+        """Name of each state tensor -> it, the same on every rank."""
+        out = {"second": self.second, "seen": self.seen, "step": self.count}
+        if self.held:
+            out["places"], out["grad"] = joined(self.held)
+        return out
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.reset()
+        for t, key in ((self.second, "second"), (self.seen, "seen"), (self.count, "step")):
+            if key in state:
+                t.copy_(state[key])
+        if "grad" in state:
+            device = self.second.device
+            self.held.append((state["places"].to(device), state["grad"].to(device)))
+
+
 def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
     return getattr(p, "muon_view", None) or (1, *p.shape)
 
@@ -2261,12 +2457,16 @@ class Optimizer:
         at = {group: i for i, (group, _) in enumerate(sorted_items)}
         self.tied = [self.banks[at[group]] for group in ("head", "tied") if "tied" in at]
         self.banks.sort(key=lambda b: b.data.numel())
+        ngram = getattr(model, "ngram", None)
+        self.rows = None if ngram is None else RowAdam(ngram, groups["ngram"], world)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
         self.samples = 0  # of the weights, in the mean that `blend` is about
 
     def zero_grad(self) -> None:
         for bank in self.banks:
             bank.clear()
+        if self.rows is not None:
+            self.rows.clear()
 
     def reset(self) -> None:
         self.zero_grad()
@@ -2274,6 +2474,8 @@ class Optimizer:
         self.drop_samples()
         for bank in self.banks:
             bank.reset()
+        if self.rows is not None:
+            self.rows.reset()
 
     def drop_samples(self) -> None:
         self.samples = 0
@@ -2309,7 +2511,8 @@ class Optimizer:
         tied: bool = False,
         adam: bool = True,
     ) -> Tensor:
-        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss).
+        """Updates, clears the gradients, returns the gradient's norm (of LOSS_SCALE x loss), in
+        which the rows of an n-gram table do not count.
 
         tied: head and embedding get the sum of their gradients. As their weights, state and
         settings are equal, so are their updates: they are one matrix until this stops.
@@ -2331,11 +2534,13 @@ class Optimizer:
             grads = [g for g in grads if g is not embed]  # the norm counts it once
         squares = torch.stack(torch._foreach_norm(grads)).square()
         mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
+        if self.rows is not None:
+            mine.append(self.rows.collect())
         sums = self.world.sum(torch.cat(mine))
         self.bad.logical_or_(sums.isfinite().all().logical_not())
-        length = sums[0].sqrt()
+        length, factor = sums[0].sqrt(), torch.ones_like(sums[0])
         if beside is not None:
-            beside.copy_(sums[1:])
+            beside.copy_(sums[1 : 1 + len(beside)])
         if self.clip:
             factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
             factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
@@ -2348,6 +2553,8 @@ class Optimizer:
                 bank.clear()
             else:
                 bank.hold()
+        if self.rows is not None and adam:
+            self.rows.update(lr, factor, self.bad)
         for wait in gathers:
             if wait is not None:
                 wait.wait()
@@ -2374,6 +2581,8 @@ class Optimizer:
             if wanted and self.samples:
                 for name in bank.slots:
                     out[name]["samples"] = torch.tensor(self.samples)
+        if wanted and self.rows is not None:
+            out[RowAdam.NAME] = {key: to_host(t) for key, t in self.rows.state().items()}
         self.world.synchronize()
         return out
 
@@ -2381,6 +2590,8 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.bad.zero_()
         self.drop_samples()
+        if self.rows is not None:
+            self.rows.load(state.get(RowAdam.NAME, {}))
         for bank in self.banks:
             bank.reset()
             bank.clear()
@@ -3110,6 +3321,7 @@ class Trainer:
 
         self.dtype = dtype(cfg.run.dtype)
         self.model = self.new_model().to(world.device)
+        self.ngram: Ngram | None = getattr(self.model, "ngram", None)
         if hooks.optimizer is not None:
             self.optimizer = hooks.optimizer(self.model, cfg, world)
         else:
@@ -3117,6 +3329,10 @@ class Trainer:
         self.optimizer.clip = cfg.optim.grad_clip
         self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
         self.kernels = self.choose_kernels()
+        if self.ngram is not None:
+            self.ngram.make()
+            if self.uses("ngram"):
+                self.optimizer.rows.update_rows = fused_row_update
         self.fp8, self.fa4, mlp, mlp8, loss = (self.uses(name) for name in KERNELS)
         for module in self.model.modules():
             if isinstance(module, MLP):
@@ -3125,10 +3341,13 @@ class Trainer:
         for bank in self.optimizer.banks if compiled and world.cuda else ():
             bank.compile()
         self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss, tied)
-        self.forward = self.model
         if compiled:
             configure_compiler()
-            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        wrap = wrap if compiled else lambda f: f
+        self.forward = wrap(self.model)
+        if self.ngram is not None:
+            self.lookup = wrap(self.ngram.lookup)
 
     def choose_kernels(self) -> dict[str, str]:
         """{what this model can use of KERNELS: why plain PyTorch takes its place, or ""}, the same
@@ -3157,6 +3376,8 @@ class Trainer:
             why["mlp_fp8"] = reason or probe_mlp_fp8(device)
         if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
             why["loss_kernel"] = probe_loss(device)
+        if self.ngram is not None and self.world.cuda:
+            why["ngram"] = probe_rows(device)
         found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
         why = {name: next((one[name] for one in found if one[name]), "") for name in why}
         if not self.world.cuda:
@@ -3200,9 +3421,12 @@ class Trainer:
 
     def park(self) -> None:
         """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
-        tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context."""
+        tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context. An
+        n-gram table does not: it is gone."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
         self.optimizer.drop_samples()  # of a run that did not come to its end
+        if self.ngram is not None:
+            self.ngram.table = None
         gc.collect()
         if self.world.cuda:
             torch.cuda.empty_cache()
@@ -3215,6 +3439,8 @@ class Trainer:
         began = time.perf_counter()
         dynamo = torch._dynamo.config
         dynamo.error_on_recompile = False
+        if self.ngram is not None:
+            self.ngram.make()
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
         stages = self.cfg.schedule.stages
         for rows, row, some in sorted({(*self.call_shape(s.tokens), s.candidates) for s in stages}):
@@ -3271,14 +3497,23 @@ class Trainer:
         for part in batch.split(rows):
             window = self.window_of(both, part.docs)
             part = part.to(device)
-            h = self.forward(part.tokens, part.docs, window)
+            pairs = self.looked_up(part)
+            for e in pairs:
+                e.requires_grad_()
+            h = self.forward(part.tokens, part.docs, window, *pairs)
             flat = h.detach().flatten(0, 1)
             sampled = step.candidates, at
             losses, grad = self.head.backward(flat, part.targets.flatten(), scale, *sampled)
             at += len(flat)
             h.backward(grad.view_as(h))
+            for e in pairs:
+                self.optimizer.rows.hold(part.tokens, part.docs, e.grad)
             total += losses.sum() / counted
         return total
+
+    def looked_up(self, part: Batch) -> tuple[Tensor, ...]:
+        """What the forward gets of an n-gram table, whose gradient is the rows': () without one."""
+        return () if self.ngram is None else (self.lookup(part.tokens, part.docs),)
 
     def blame(self, step: Step, batch: Batch) -> str:
         """Which rank and which tensor made `step` non-finite: computed once more, from the same
@@ -3290,6 +3525,12 @@ class Trainer:
         # In the order of the way back: the head, blocks from the last, what all of them share.
         way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
         got = {n: params[n].grad for n in way if params[n].grad is not None}
+        if self.ngram is not None:
+            way.append(RowAdam.NAME)
+            got[RowAdam.NAME] = self.optimizer.rows.collect()
+            parts = self.ngram.table.split(1 << 20)  # what isfinite makes of it is large, too
+            if not all(part.isfinite().all() for part in parts):
+                weights.append(RowAdam.NAME)
         grads = [n for n, grad in got.items() if not grad.isfinite().all()]
         found = ""
         if weights:
@@ -3340,7 +3581,7 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
         batch = make_batch(stream, start, rows, d.val_row_tokens, total)
         window = trainer.window_of(both, batch.docs)
         batch = batch.to(world.device)
-        h = trainer.forward(batch.tokens, batch.docs, window)
+        h = trainer.forward(batch.tokens, batch.docs, window, *trainer.looked_up(batch))
         targets = batch.targets.flatten()
         losses = trainer.head.losses(h.flatten(0, 1), targets).double()
         valid = (targets >= 0).double()
@@ -4002,7 +4243,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
 
 
 # ---- 11. Kernels --------------------------------------------------------------------------------
-# What each replaces, and is tested against, stands in sections 3 to 5.
+# What each replaces, and is tested against, stands in sections 3 to 6.
 
 jit = triton.jit if triton else lambda function: function
 
@@ -4427,6 +4668,127 @@ def probe_loss(device: torch.device) -> str:
             return "computes wrongly on this card: the gradient is not its own transpose's"
         in_losses = verdict(errors_of((losses,), (want,)), 1e-4)
         return in_losses or verdict(errors_of((grad.float() * G8_SCALE,), (exact,)), 0.1)
+    except Exception as e:
+        return failure(e)
+
+
+ROWS_AT_ONCE = 8, 4  # gradients of a row, warps
+
+
+@jit
+def signed_sum(grad, signs, tokens, places, i, mine, columns, D):
+    """Of the gradients at [R] in `tokens`, where `mine`, each as its row has it: [columns] fp32."""
+    token, sign = tl.load(tokens + i, mine, 0).to(tl.int64), tl.load(places + i, mine, 0)
+    inside = mine[:, None] & (columns < D)[None, :]
+    g = tl.load(grad + token[:, None] * D + columns[None, :], inside, 0.0)
+    s = tl.load(signs + sign[:, None] * D + columns[None, :], inside, 0)
+    return tl.sum(g.to(tl.float32) * s.to(tl.float32), 0)
+
+
+@jit
+def update_rows(
+    table,
+    second,
+    seen,
+    count,
+    bad,
+    factor,
+    rows,
+    tokens,
+    places,
+    signs,
+    grad,
+    rate,
+    wd,
+    cautious,
+    BETA2: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """A program for each of the sorted `rows`: the first of a row's sums over them all and updates
+    it. tokens, places: to whose gradient, by which row of signs, each is a share.
+
+    Most rows are there once, so one gradient is taken alone; then SOME at a time, or the program of
+    the commonest pair would wait for memory long after the others have ended.
+    """
+    i, end = tl.program_id(0), tl.num_programs(0)
+    row = tl.load(rows + i)
+    if (row != tl.load(rows + i - 1, i > 0, -1)) & (tl.load(bad) == 0):
+        columns = tl.arange(0, WIDTH)
+        here, now = table + row.to(tl.int64) * D + columns, tl.load(count)
+        w = tl.load(here, columns < D, 0.0)
+        square, missed = tl.load(second + row), now - tl.load(seen + row)
+        one = i + tl.arange(0, 1)
+        total = signed_sum(grad, signs, tokens, places, one, one < end, columns, D)
+        i += 1
+        more = tl.load(rows + i, i < end, -1) == row
+        while more:
+            at = i + tl.arange(0, SOME)
+            mine = tl.load(rows + at, at < end, -1) == row
+            total += signed_sum(grad, signs, tokens, places, at, mine, columns, D)
+            i += SOME
+            more = tl.sum(mine.to(tl.int32)) == SOME
+        total *= tl.load(factor)
+        square *= tl.exp2(missed * LOG_BETA2)
+        square += tl.sum(total * total) * ((1 - BETA2) / D)
+        root = tl.sqrt(square / (1 - tl.exp2(now * LOG_BETA2))) + EPS
+        w = w.to(tl.float32) * (1 - rate * wd) - total * (rate / root)
+        w = tl.where(w * total > 0, w * (1 - rate * rate * cautious), w)
+        tl.store(here, w.to(table.dtype.element_ty), columns < D)
+        tl.store(second + row, square)
+        tl.store(seen + row, now)
+
+
+def fused_row_update(
+    table: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    places: Tensor,
+    signs: Tensor,
+    grad: Tensor,
+    factor: Tensor,
+    rate: float,
+    bad: Tensor,
+    group: Group,
+) -> None:
+    """`row_update` in one pass after a sort. Nothing waits for the device, and sums are in the
+    order of the tokens: the same bits in every run."""
+    for t in (table, *state, signs, grad):
+        assert t.is_contiguous(), t.stride()
+    rows, order = places[..., 0].flatten().sort(stable=True)
+    sign, token = places[..., 1].flatten()[order], (order // 2).int()
+    (some, warps), beta2, d = ROWS_AT_ONCE, group.betas[1], table.size(1)
+    sizes = (beta2, math.log2(beta2), group.eps, d, triton.next_power_of_2(d), some)
+    numbers = (float(rate), float(group.wd), float(group.cautious_wd))
+    inputs = (bad.view(torch.uint8), factor, rows, token, sign, signs, grad)
+    update_rows[(len(rows),)](table, *state, *inputs, *numbers, *sizes, num_warps=warps)
+
+
+@functools.cache
+def probe_rows(device: torch.device) -> str:
+    """Of the update of an n-gram table's rows, against `row_update`."""
+    if triton is None:
+        return "no Triton here"
+    gen = torch.Generator(device).manual_seed(0)
+    kind = {"generator": gen, "device": device}
+    n, rows, d = 600, 64, 96
+    table = torch.randn(rows, d, **kind, dtype=torch.bfloat16)
+    state = torch.rand(rows, **kind), torch.randint(3, (rows,), **kind, dtype=torch.int32)
+    state += (torch.full((), 5, dtype=torch.int32, device=device),)
+    where = torch.randint(rows, (n, 2), **kind) // torch.randint(1, 9, (n, 2), **kind)
+    places = torch.stack([where, torch.randint(SIGN_ROWS, (n, 2), **kind)], dim=-1).int()
+    grad = torch.randn(n, d, **kind, dtype=torch.bfloat16)
+    rest = (random_signs(d).to(device), grad, torch.ones((), device=device), 0.1)
+    rest += (torch.zeros((), dtype=torch.bool, device=device), Group("adam", 1.0, cautious_wd=0.5))
+    try:
+        results = []
+        for update in (fused_row_update, row_update):
+            got = table.clone(), *(t.clone() for t in state)
+            update(got[0], got[1:], places, *rest)
+            results.append(got)
+        return verdict(errors_of(*results), 1e-3)
     except Exception as e:
         return failure(e)
 

@@ -325,6 +325,8 @@ def refuse_own_arm(meta: dict) -> None:
         raise T.InputError(
             "evals/modeling_nca.py has no --paired heads: train without for a folder"
         )
+    if meta["config"].get("ngram"):
+        raise T.InputError("evals/modeling_nca.py has no --ngram table: train without for a folder")
 
 
 def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -74,6 +74,10 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         for p in model.parameters():
             scale = p.size(-1) ** -0.5 if p.ndim == 2 else 0.5
             p.copy_(torch.randn(p.shape, generator=gen) * scale)
+        ngram = getattr(model, "ngram", None)
+        if ngram is not None:  # its table is no parameter
+            ngram.make()
+            ngram.table.normal_(generator=gen).mul_(ngram.dim**-0.5)
 
 
 class Probe:

@@ -23,6 +23,7 @@ SMALL = {
 IDEAS = {
     "bigram": {"bigram": 128},
     "bigram signs": {"bigram": 128, "bigram_dim": 16},
+    "ngram": {"ngram": 256},
     "key offset": {"key_offset": True},
     "smear": {"smear": True},
     "value gate": {"value_gate": True},
@@ -82,7 +83,10 @@ def test_causal_and_within_the_document(idea, arm):
 def test_causal_all_together():
     """At the full depth: blocks without attention, a skip, long layers 0, 4 and 11."""
     changes = {k: v for idea in IDEAS.values() for k, v in idea.items()}
-    check_causal("diff_v2,form=full", {**changes, "value_layers": (1, 9, 11), "xsa": True})
+    changes |= {"value_layers": (1, 9, 11), "xsa": True}
+    for table in ("bigram", "ngram"):  # one at a time
+        other = {"bigram": 0, "bigram_dim": 0} if table == "ngram" else {"ngram": 0}
+        check_causal("diff_v2,form=full", changes | other)
 
 
 @pytest.mark.parametrize("idea", [i for i in IDEAS if i not in ACTS_AT_ONCE])
@@ -698,8 +702,10 @@ def test_betas_and_decay_of_the_groups():
     )
     betas = {"head": (0.5, 0.9), "embed": (0.5, 0.9), "tied": (0.5, 0.9), "value": (0.75, 0.8)}
     betas |= {"scalar": (0.9, 0.99), "gate": (0.9, 0.99), "bigram": (0.75, 0.95)}
+    betas["ngram"] = (0.0, 0.95)
     assert all(groups[n].betas == b for n, b in betas.items())
     decay = {"head": 0.75, "tied": 0.75, "embed": 0.025, "value": 0.025, "bigram": 0.025}
+    decay["ngram"] = 0.025
     for name, group in groups.items():
         assert group.cautious_wd == pytest.approx(decay.get(name, 0.0)), name
     assert T.make_config(head_betas=(0.5, 0.95)).flat()["head_betas"] == "0.5+0.95"

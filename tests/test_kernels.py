@@ -230,6 +230,59 @@ def test_interpreted_loss_over_candidates(cast_by_bits, monkeypatch):
     assert (results[1][2].abs().sum(1) > 0).sum() > 144, "two pieces, two sets"
 
 
+def rows_case(tokens: int, d: int, rows: int, dtype=torch.float32, device="cpu", seed: int = 0):
+    """(table, state of it, the other arguments of `row_update`): rows that come once, some times
+    and, a quarter of all, one of them."""
+    gen = torch.Generator().manual_seed(seed)
+    at = torch.randint(rows, (tokens, 2), generator=gen)
+    at[torch.rand(tokens, 2, generator=gen) < 0.25] = rows - 1
+    at[tokens // 2 :, 0] //= 7
+    sign = torch.randint(T.SIGN_ROWS, (tokens, 2), generator=gen)
+    seen = torch.randint(9, (rows,), generator=gen, dtype=torch.int32)
+    state = torch.rand(rows, generator=gen) * seen, seen, torch.tensor(9, dtype=torch.int32)
+    table, grad = rand(rows, d, seed=seed + 1), rand(tokens, d, seed=seed + 2)
+    group = T.Group("adam", 1.0, (0.0, 0.95), wd=0.01, cautious_wd=0.5)
+    rest = (torch.stack([at, sign], dim=-1).int(), T.random_signs(d), grad.to(dtype))
+    rest = (*rest, torch.tensor(0.7))
+    table, *moved = (t.to(device) for t in (table.to(dtype), *state, *rest))
+    return table, tuple(moved[:3]), (*moved[3:], 0.3), group
+
+
+def rows_updated(update, table, state, rest, group, bad: bool = False) -> list[Tensor]:
+    table, state = table.clone(), tuple(t.clone() for t in state)
+    update(table, state, *rest, torch.tensor(bad, device=table.device), group)
+    return [table, *state]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "tokens, d, rows, some", [(1, 16, 128, 16), (70, 48, 128, 4), (70, 96, 640, 16)]
+)
+def test_interpreted_rows(monkeypatch, tokens, d, rows, some):
+    """Table, second moments and times against PyTorch; what was not looked up keeps its bits."""
+    monkeypatch.setattr(T, "ROWS_AT_ONCE", (some, 4))
+    table, state, rest, group = rows_case(tokens, d, rows)
+    got, want = (
+        rows_updated(f, table, state, rest, group) for f in (T.fused_row_update, T.row_update)
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    still = torch.ones(rows, dtype=torch.bool)
+    still[rest[0][..., 0].long()] = False
+    assert still.any() and (got[2][~still] == 9).all()
+    for g, before in zip(got, (table, *state[:2]), strict=False):
+        assert torch.equal(g[still], before[still])
+
+
+@interpreted
+def test_interpreted_rows_of_a_bad_step():
+    table, state, rest, group = rows_case(40, 48, 128)
+    rest[2].fill_(float("nan"))
+    for update in (T.fused_row_update, T.row_update):
+        got = rows_updated(update, table, state, rest, group, bad=True)
+        assert all(map(torch.equal, got, (table, *state)))
+
+
 # ---- where the kernels do not run ---------------------------------------------------------------
 
 
@@ -383,6 +436,35 @@ def test_the_fp8_probe_sees_what_the_second_product_reads(on_cpu, monkeypatch):
 
     monkeypatch.setattr(T, "relu2_product", off)
     assert probes()["fp8"].startswith("computes wrongly on this card")
+
+
+@pytest.mark.parametrize("wrong", ["table", "second", "seen", "raises", ""])
+def test_the_probe_of_rows_has_power(monkeypatch, wrong):
+    """With PyTorch in the kernel's place, and something off in one row."""
+
+    def off(table, state, *rest):
+        if wrong == "raises":
+            broken()
+        T.row_update(table, state, *rest)
+        row = rest[0][0, 0, 0]
+        if wrong == "table":
+            table[row] *= 1.1
+        elif wrong:
+            state[wrong == "seen"][row] += 1
+
+    monkeypatch.setattr(T, "triton", True)
+    monkeypatch.setattr(T, "fused_row_update", off)
+    said = T.probe_rows.__wrapped__(torch.device("cpu"))
+    right = {"": "", "raises": "RuntimeError: out of registers"}
+    assert said == right[wrong] if wrong in right else said.startswith("computes wrongly")
+
+
+def test_a_table_has_its_kernel_on_a_gpu(monkeypatch, text_data, tmp_path):
+    """Chosen by the probe, with the reason kept where it fails."""
+    for reason in ("", "broken here"):
+        monkeypatch.setattr(T, "probe_rows", lambda device, reason=reason: reason)
+        assert reasons(monkeypatch, text_data, tmp_path, ngram=256)["ngram"] == reason
+    assert "ngram" not in reasons(monkeypatch, text_data, tmp_path)
 
 
 def test_a_model_without_our_mlp_has_no_use_for_the_kernel(on_cpu, text_data, tmp_path):
@@ -572,3 +654,17 @@ def test_gpu_head(candidates):
     far = [error(f, p) for p, f in zip(*results, strict=True)]
     print(far)
     assert far[0] < 1e-5 and max(far) < 5e-3
+
+
+@gpu
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_rows(dtype):
+    """At the size of a step, against PyTorch and, with a row of 100,000 places, for equal bits."""
+    assert T.probe_rows(CUDA) == ""
+    case = rows_case(200_000, 768, 1 << 18, dtype, CUDA)
+    got, want = (rows_updated(f, *case) for f in (T.fused_row_update, T.row_update))
+    for g, w in zip(got, want, strict=True):
+        assert error(g, w) < (1e-5 if dtype == torch.float32 else 1e-3)
+    for _ in range(20):
+        assert all(map(torch.equal, rows_updated(T.fused_row_update, *case), got))
