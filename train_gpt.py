@@ -966,7 +966,7 @@ class Head:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
         if ids is not None:
-            w8 = w8.view(torch.uint8)[ids].view(E4M3)
+            w8 = w8.view(torch.int64)[ids].view(E4M3)  # rows of bytes, eight at a time
             w8t = self._transposed(w8)
         x_scale = h.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
         xs, ws = scale.new_full((), x_scale), scale.new_full((), self.w8_scale)
@@ -986,16 +986,14 @@ class Head:
     def add_to_grad(self, dw: Tensor, ids: Tensor | None) -> None:
         """weight.grad[ids] += dw [len(ids), d]; None: all of it, and dw becomes it where there is
         none. No id comes twice, so the order of additions is that of the calls."""
-        dw = dw.to(self.weight.dtype)
-        if ids is None and self.weight.grad is None:
-            self.weight.grad = dw
-            return
-        if self.weight.grad is None:
-            self.weight.grad = torch.zeros_like(self.weight)
-        if ids is None:
-            self.weight.grad.add_(dw)
+        if ids is not None:
+            if self.weight.grad is None:
+                self.weight.grad = torch.zeros_like(self.weight)
+            self.weight.grad.index_add_(0, ids, dw.to(self.weight.dtype))
+        elif self.weight.grad is None:
+            self.weight.grad = dw.to(self.weight.dtype)
         else:
-            self.weight.grad.index_add_(0, ids, dw)
+            self.weight.grad.add_(dw)
 
     @torch.no_grad()
     def backward(
@@ -1005,8 +1003,8 @@ class Head:
 
         candidates: how many classes the softmax of a piece is over; 0: all. position: the tokens
         that the run trained before h, which decides whose turn it is: so a piece's candidates are
-        the same on any number of ranks and after --resume. Targets without a place are counted in
-        `left_out`.
+        the same on any number of ranks and after --resume, if calls are of whole pieces or of one
+        size. Targets without a place are counted in `left_out`.
         """
         run, turn = self.piece_fp8 if self.fp8 else self.piece, position // min(HEAD_PIECE, len(h))
         out, ids = [], None
