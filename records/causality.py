@@ -20,6 +20,7 @@ EDGES = (30, 31, 70)  # where documents begin, besides at 0; one is a single tok
 FAINT = 0.02  # score scale of the selective arms: a token that is masked wholly moves nothing more
 REACH = 20  # so many tokens after a changed one must move, or the check proves nothing
 NARROW = {"d_model": 96, "vocab": 64, "xsa": False}
+NGRAM_ROWS = 1024  # at most: an arm's millions would be filled with random numbers
 
 
 class NotCausal(ValueError):
@@ -48,7 +49,7 @@ def check_causal(
     `make_model(cfg, length, dtype)`: another model than GPT, as in Hooks.model.
     """
     cfg = T.make_config(preset, **{"arm": arm, **NARROW, **(overrides or {})})
-    cfg = cfg.with_(require_gpu=False, **ROWS)
+    cfg = cfg.with_(require_gpu=False, ngram=min(cfg.model.ngram, NGRAM_ROWS), **ROWS)
     if T.parse_arm(arm)[0] == "selective" or cfg.model.selective:
         cfg = cfg.with_(score_scale=FAINT)
     problems = T.check_config(cfg)

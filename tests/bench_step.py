@@ -35,7 +35,7 @@ KINDS = (
     ("matmul with relu^2", r"^relu2_tiles"),
     ("FP8 matmul", r"nvjet_sm90_q|e4m3|e5m2"),
     ("matmul", r"gemm|cutlass|cublas|nvjet|sm90_xmma"),
-    ("Adam", r"adam|multi_tensor"),
+    ("Adam", r"adam|multi_tensor|^update_rows"),
     ("embedding gradient", r"index_put|embedding_dense"),
     ("fused pointwise and reductions", r"triton_"),
     ("copies and fills", r"memcpy|memset|copy_|fill|FillFunctor"),

@@ -409,6 +409,27 @@ def test_it_cannot_be_exported(text_data, tmp_path, capsys):
     assert "no --ngram table" in capsys.readouterr().err and not (tmp_path / "folder").exists()
 
 
+def test_evals_take_a_checkpoint_of_it(text_data, tmp_path):
+    """Fine-tuning starts from the checkpoint's table, also after its memory was given away."""
+    pytest.importorskip("transformers")
+    import fake_tasks
+    import test_finetune
+
+    from evals import csqa, finetune, look, sample
+
+    run = T.train(config(text_data, tmp_path, run_id="a", save_final=True))["run"]
+    assert sample.main([run, "--prompt", "The", "--tokens", "4"]) == 0
+    assert look.main([run, "Some text", "--out", str(tmp_path / "page.html")]) == 0
+    start = finetune.Start.load(run, "")
+    task = csqa.make(fake_tasks.write_csqa(tmp_path / "tasks"), start.words, 0)[0]
+    tuning = finetune.Tuning(start, task, test_finetune.arguments(tmp_path / "a", tmp_path / "f"))
+    for seed in (0, 1):
+        tuning.trainer.reset(seed, seed)
+        assert test_finetune.same(tuning.trainer.model.state_dict(), start.weights)
+        tuning.trainer.park()
+    assert start.weights["ngram.table"].any()
+
+
 # ---- ranks --------------------------------------------------------------------------------------
 
 RANKED = {"adam_every": 2, "save_every": 5, "save_final": True, "keep": 9}
