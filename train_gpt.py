@@ -2481,7 +2481,8 @@ class Optimizer:
             bank.tail = None
 
     def sample(self) -> None:
-        """The weights as they are count in a running mean, of which each rank keeps its slice."""
+        """The weights as they are count in a running mean, of which each rank keeps its slice. Not
+        an n-gram table, beside which there may be no room for another."""
         self.samples += 1
         for bank in self.banks:
             bank.sample(self.samples)

@@ -378,6 +378,15 @@ def test_reset_and_park_start_afresh(text_data, tmp_path):
     assert H.losses(tmp_path / "a") == H.losses(tmp_path / "b") == H.losses(tmp_path / "c")
 
 
+def test_the_tail_leaves_the_table_as_it_is(text_data, tmp_path):
+    trainer = T.Trainer(config(text_data, tmp_path, run_id="a", tail=0.5, tail_every=1))
+    tables = []
+    trainer.hooks.after_step = lambda t, step: tables.append(t.ngram.table.clone())
+    trainer.run()
+    assert H.read_log(tmp_path / "a", "event")[-1]["kind"] == "tail"
+    assert torch.equal(trainer.ngram.table, tables[-1]) and not torch.equal(*tables[-2:])
+
+
 def test_blame_names_the_table(text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path))
     step, batch = trainer.steps[0], first_batch(trainer)
