@@ -152,6 +152,9 @@ class ModelConfig:
     mudd: bool = knob(
         False, "into the last block and the head: token-wise shares of earlier outputs (record 81)"
     )
+    copy: bool = knob(
+        False, "a pointer to the last 2,048 tokens of the document, mixed with the head's softmax"
+    )
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
 
 
@@ -840,22 +843,38 @@ def log_partition(logits: Tensor, cap: Cap) -> Tensor:
     return torch.logsumexp(logits, -1, keepdim=True)
 
 
-def token_losses(z: Tensor, targets: Tensor, cap: Cap) -> Tensor:
-    """Cross-entropy [N] in nats of softcapped logits z [N, V]; 0 where the target is negative."""
+def token_losses(z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None) -> Tensor:
+    """Cross-entropy [N] in nats of softcapped logits z [N, V]; 0 where the target is negative.
+
+    copied [N] fp32: log of what the target's probability has beside the softmax's (`Pointer`): the
+    loss is -log(p + exp(copied)).
+    """
     logits = softcap(z, cap)
     hit = logits.gather(1, targets.clamp(min=0)[:, None])
-    return torch.where(targets >= 0, (log_partition(logits, cap) - hit)[:, 0], 0.0)
+    losses = (log_partition(logits, cap) - hit)[:, 0]
+    if copied is not None:
+        losses = -torch.logaddexp(-losses, copied)
+    return torch.where(targets >= 0, losses, 0.0)
 
 
-def losses_and_grad(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
-    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept."""
+def losses_and_grad(
+    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept. With
+    `copied`, see `token_losses`: the softmax's gradient times its share of the probability. That of
+    `copied` is -exp(copied + losses), which is left to the caller."""
     logits = softcap(z, cap)
     total = log_partition(logits, cap)
     targets = targets[:, None]
     valid = targets >= 0
     hit = logits.gather(1, targets.clamp(min=0))
-    losses = torch.where(valid, total - hit, 0.0)[:, 0]
-    columns, counts = torch.arange(z.size(1), device=z.device), valid.float()
+    losses, counts = total - hit, valid.float()
+    if copied is not None:
+        mixed = torch.logaddexp(-losses, copied[:, None])
+        counts = counts * torch.exp(-losses - mixed)
+        losses = -mixed
+    losses = torch.where(valid, losses, 0.0)[:, 0]
+    columns = torch.arange(z.size(1), device=z.device)
     grad = torch.exp(logits - total) * counts - torch.where(columns == targets, counts, 0.0)
     if cap:
         top, _, width = cap_constants(cap)
@@ -863,15 +882,19 @@ def losses_and_grad(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tenso
     return losses, grad
 
 
-def grad_in(z: Tensor, targets: Tensor, scale: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+def grad_in(
+    z: Tensor, targets: Tensor, scale: Tensor, cap: Cap, copied: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, copied)
     return losses, (g * scale).to(z.dtype)
 
 
-def grad_in_fp8(z: Tensor, targets: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+def grad_in_fp8(
+    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
-    losses, g = losses_and_grad(z, targets, cap)
+    losses, g = losses_and_grad(z, targets, cap, copied)
     return losses, to_fp8(g, G8_SCALE, E5M2)
 
 
@@ -950,18 +973,18 @@ class Head:
             self._cast = (self.weight.to(self.dtype),)
 
     def piece(
-        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None
+        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, copied: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw. ids: the classes that
-        the softmax is over and targets are places in; None: all."""
+        the softmax is over and targets are places in; None: all. copied: see `losses_and_grad`."""
         (w,) = self._cast
         w = w if ids is None else w[ids]
-        losses, g = self._grad(h @ w.t(), targets, scale, self.cap)
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, copied)
         self.add_to_grad(g.t() @ h, ids)
         return losses, g @ w
 
     def piece_fp8(
-        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None
+        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, copied: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
@@ -974,9 +997,9 @@ class Head:
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
         if self.fused and len(z) % 2 == 0:
-            losses, g8, g8t = loss_and_grad(z, targets, *cap_constants(self.cap))
+            losses, g8, g8t = loss_and_grad(z, targets, *cap_constants(self.cap), copied)
         else:
-            losses, g8 = self._grad(z, targets, self.cap)
+            losses, g8 = self._grad(z, targets, self.cap, copied)
             g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         x8t = self._transposed_x(x8)
@@ -995,35 +1018,49 @@ class Head:
         else:
             self.weight.grad.add_(dw)
 
+    @staticmethod
+    def pieces(
+        h: Tensor, targets: Tensor, copied: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        hs, rest = h.split(HEAD_PIECE), targets.split(HEAD_PIECE)
+        weights = [None] * len(hs) if copied is None else copied.split(HEAD_PIECE)
+        return zip(hs, rest, weights, strict=True)
+
     @torch.no_grad()
     def backward(
-        self, h: Tensor, targets: Tensor, scale: Tensor, candidates: int = 0, position: int = 0
+        self,
+        h: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        candidates: int = 0,
+        position: int = 0,
+        copied: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad.
 
         candidates: how many classes the softmax of a piece is over; 0: all. position: the tokens
         that the run trained before h, which decides whose turn it is: so a piece's candidates are
         the same on any number of ranks and after --resume, if calls are of whole pieces or of one
-        size. Targets without a place are counted in `left_out`.
+        size. Targets without a place are counted in `left_out`. copied [N] fp32: see
+        `losses_and_grad`.
         """
         run, turn = self.piece_fp8 if self.fp8 else self.piece, position // min(HEAD_PIECE, len(h))
         out, ids = [], None
-        pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        for i, (x, t) in enumerate(pairs):
+        for i, (x, t, c) in enumerate(self.pieces(h, targets, copied)):
             if candidates:
                 ids, places = candidate_set(t, len(self.weight), candidates, turn + i)
                 self.left_out += ((t >= 0) & (places < 0)).sum()
                 t = places
-            out.append(run(x, t, scale, ids))
+            out.append(run(x, t, scale, ids, c))
         losses, grads = zip(*out, strict=True)
         return torch.cat(losses), torch.cat(grads)
 
     @torch.no_grad()
-    def losses(self, h: Tensor, targets: Tensor) -> Tensor:
-        """h [N, d], targets [N] -> [N] fp32, nats; 0 where the target is negative."""
-        w = self.weight.to(self.dtype)
-        pairs = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE), strict=True)
-        return torch.cat([self._losses(x @ w.t(), t, self.cap) for x, t in pairs])
+    def losses(self, h: Tensor, targets: Tensor, copied: Tensor | None = None) -> Tensor:
+        """h [N, d], targets [N] -> [N] fp32, nats; 0 where the target is negative. copied: see
+        `token_losses`."""
+        w, parts = self.weight.to(self.dtype), self.pieces(h, targets, copied)
+        return torch.cat([self._losses(x @ w.t(), t, self.cap, c) for x, t, c in parts])
 
 
 # ---- 4. Attention -------------------------------------------------------------------------------
@@ -1769,6 +1806,101 @@ class Bigram(nn.Module):
         return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
+COPY_DIM, COPY_BAND = 128, 2048
+NO_COPY = -1e4  # nats: exp of it is 0 in fp32, and no row's scores are all -inf, whose log is NaN's
+
+
+class Pointer(nn.Module):
+    """A copy head (after modded-nanogpt's CPLM, 2026-10): p(y) = p_lm(y) (1 - a (1 - s)) + a c(y).
+
+    A softmax over the last COPY_BAND tokens of the document, the present one included, and a
+    learned sink says which token comes next: c(y) is its weight on positions that hold y, s that on
+    the sink, 1 - s = sum c. a is a gate. Theirs is a slot of the vocabulary; a sigmoid asks nothing
+    of the head's kernels. Starts with a = 0.018.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.q, self.k = (Linear(COPY_DIM, cfg.d_model) for _ in range(2))
+        self.gain = parameter((1,), ("constant", 1.0), "scalar")
+        self.sink = parameter((1,), ("zeros",), "scalar")
+        self.gate = parameter((cfg.d_model,), ("zeros",), "gate")
+        self.bias = parameter((1,), ("constant", -4.0), "gate")
+        band = torch.tensor([COPY_BAND], dtype=torch.int32)
+        self.register_buffer("band", band, persistent=False)
+        self.flex: bool | None = None  # as GPT's
+
+    def heads(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h [B, T, d] -> q, k [B, T, COPY_DIM]; q . k is the score, nats."""
+        q, k = (t.squeeze(2) for t in project(h, [self.q, self.k], COPY_DIM))
+        return norm(q) * (self.gain * (15.36 / COPY_DIM)).to(q.dtype), norm(k)
+
+    def forward(
+        self, h: Tensor, tokens: Tensor, docs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """h [B, T, d], ready for the head; tokens, docs [B, T] int32; targets [B, T] int64 ->
+        (copied, kept) [B, T] fp32: kept = log(1 - a (1 - s)), copied = log(a c(target)) - kept, so
+        that p(target) = exp(kept) (p_lm(target) + exp(copied)). kept is 0 where the target is
+        negative, copied below NO_COPY / 2 where no token in reach is the target."""
+        q, k = self.heads(h)
+        flex = docs.is_cuda if self.flex is None else self.flex
+        partitions = self.by_flex if flex and docs.size(1) % BLOCK == 0 else self.by_hand
+        every, hits = partitions(q, k, tokens, docs, targets)
+        log_a, kept, total = self.shares(h, every)
+        return log_a + hits - total - kept, torch.where(targets >= 0, kept, 0.0)
+
+    def shares(self, h: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """every [B, T], log sum exp of the scores of all tokens in reach -> log a,
+        log(1 - a (1 - s)) = log(1 - a + a s), and that sum's log with the sink."""
+        gate = h.float() @ self.gate + self.bias
+        total, log_a = torch.logaddexp(every, self.sink), F.logsigmoid(gate)
+        kept = torch.logaddexp(F.logsigmoid(-gate), log_a + self.sink - total)
+        return log_a, kept, total
+
+    def by_flex(self, q, k, tokens, docs, targets) -> tuple[Tensor, Tensor]:
+        """`by_hand` by FlexAttention, no T x T: two heads over the same keys, of which the second
+        sees other tokens than the target as ones of score NO_COPY."""
+
+        def asked(score, b, head, i, j):
+            return torch.where((head == 0) | (tokens[b, j] == targets[b, i]), score, NO_COPY)
+
+        q, k = q[:, None].repeat(1, 2, 1, 1), k[:, None]
+        y, aux = flex_attention(
+            q,
+            k,
+            torch.zeros_like(k[..., :16]),  # nobody asks for values
+            score_mod=asked,
+            block_mask=block_mask(docs, self.band),
+            scale=1.0,
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
+        # Inductor's way back multiplies with y's gradient: there has to be one.
+        return (aux.lse + 0.0 * y[..., 0]).unbind(1)
+
+    def by_hand(self, q, k, tokens, docs, targets) -> tuple[Tensor, Tensor]:
+        """Logs of the sums of exp(score) over the tokens in reach, [B, T] each, nats: of all, and
+        of those that are the target (others count as NO_COPY)."""
+        scores, seen = (q @ k.mT).float(), dense_mask(docs, self.band)[:, 0]
+        hit = tokens[:, None, :] == targets[:, :, None]
+        both = torch.stack([scores, torch.where(hit, scores, NO_COPY)])
+        return both.masked_fill(~seen, -math.inf).logsumexp(-1).unbind(0)
+
+    def mix(self, logits: Tensor, h: Tensor, tokens: Tensor, docs: Tensor) -> Tensor:
+        """logits [B, n, V] of the last n of T positions -> log p [B, n, V] of the mixture; h [B, T,
+        d]. n x T scores at once: for sampling and tests."""
+        q, k = self.heads(h)
+        n = logits.size(1)
+        seen = dense_mask(docs, self.band)[:, 0, -n:]
+        scores = (q[:, -n:] @ k.mT).float().masked_fill(~seen, -math.inf)
+        log_a, kept, total = self.shares(h[:, -n:], scores.logsumexp(-1))
+        weight = torch.exp(scores - total[..., None])
+        where = tokens[:, None, :].expand_as(weight).long()
+        copied = torch.zeros_like(logits).scatter_add_(2, where, weight).log()
+        plain = logits.log_softmax(-1) + kept[..., None]
+        return torch.logaddexp(plain, log_a[..., None] + copied)
+
+
 class Ngram(nn.Module):
     """A table of embeddings for pairs of tokens and, its second half, for triples, so large that
     few of them share a row (record 92). What does share one has other random signs, as in `Bigram`.
@@ -1898,6 +2030,7 @@ class GPT(nn.Module):
         kept = 2 + len(kept_blocks(cfg))  # and x0 and the state itself
         mudd = [Shares(cfg, kept) for _ in range(2)] if cfg.mudd else []
         self.mudd = nn.ModuleList(mudd)  # before the last block, before the head
+        self.pointer = Pointer(cfg) if cfg.copy else None
         self.register_rope(2 * max_length if cfg.paired else max_length)
 
     def value_table(self, slot: int, rows: int) -> nn.Parameter:
@@ -1996,7 +2129,10 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:
         """[B, T, V] fp32, padding rows cut off. For sampling and tests, not for training."""
         h = self(tokens, docs, window)
-        return softcap(h @ self.head.to(h.dtype).t(), self.softcap)[..., : self.cfg.vocab]
+        logits = softcap(h @ self.head.to(h.dtype).t(), self.softcap)
+        if self.pointer is not None:
+            logits = self.pointer.mix(logits, h, tokens, docs)
+        return logits[..., : self.cfg.vocab]
 
 
 def init_parameters(model: nn.Module, seed: int) -> None:
@@ -2041,7 +2177,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def flops_per_token(model: nn.Module, keys_long: float, keys_short: float) -> float:
     """Forward and backward: 6 for each active parameter, and three times each arm's own count. Of a
-    loss over the whole vocabulary; `Reporter` takes off what a sampled one saves."""
+    loss over the whole vocabulary; `Reporter` takes off what a sampled one saves. The scores of
+    `Pointer` are not counted."""
     total = 6.0 * count_parameters(model)["active_matmul"]
     for i, block in enumerate(getattr(model, "blocks", ())):
         if block.attn is not None and hasattr(block.attn.arm, "flops_per_token"):
@@ -3347,6 +3484,8 @@ class Trainer:
         self.forward = wrap(self.model)
         if self.ngram is not None:
             self.lookup = wrap(self.ngram.lookup)
+        pointer = getattr(self.model, "pointer", None)
+        self.pointer = None if pointer is None else wrap(pointer)
 
     def choose_kernels(self) -> dict[str, str]:
         """{what this model can use of KERNELS: why plain PyTorch takes its place, or ""}, the same
@@ -3374,7 +3513,8 @@ class Trainer:
             reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
             why["mlp_fp8"] = reason or probe_mlp_fp8(device)
         if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
-            why["loss_kernel"] = probe_loss(device)
+            mixed = getattr(self.model, "pointer", None) is not None
+            why["loss_kernel"] = probe_loss(device, mixed)
         if self.ngram is not None and self.world.cuda:
             why["ngram"] = probe_rows(device)
         found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
@@ -3500,15 +3640,41 @@ class Trainer:
             for e in pairs:
                 e.requires_grad_()
             h = self.forward(part.tokens, part.docs, window, *pairs)
-            flat = h.detach().flatten(0, 1)
-            sampled = step.candidates, at
-            losses, grad = self.head.backward(flat, part.targets.flatten(), scale, *sampled)
-            at += len(flat)
-            h.backward(grad.view_as(h))
+            losses = self.backward(h, part, scale, step.candidates, at)
+            at += len(losses)
             for e in pairs:
                 self.optimizer.rows.hold(part.tokens, part.docs, e.grad)
             total += losses.sum() / counted
         return total
+
+    def backward(
+        self, h: Tensor, part: Batch, scale: Tensor, candidates: int = 0, position: int = 0
+    ) -> Tensor:
+        """Adds the gradients of scale x the sum of the losses [N], which it returns, to .grad.
+        h [B, T, d]: the model's; candidates, position: see `Head.backward`."""
+        flat, targets = h.detach().flatten(0, 1), part.targets.flatten()
+        if self.pointer is None:
+            losses, grad = self.head.backward(flat, targets, scale, candidates, position)
+            h.backward(grad.view_as(h))
+            return losses
+        copied, kept = self.pointer(h, part.tokens, part.docs, part.targets)
+        apart = copied.detach().flatten()
+        losses, grad = self.head.backward(flat, targets, scale, candidates, position, apart)
+        counts = losses != 0  # else the target is masked, or no candidate
+        share = torch.where(counts, torch.exp(apart + losses), 0.0)  # of p that is copied
+        grads = (grad, -scale * share, torch.where(counts, -scale, 0.0))
+        roots = (h, copied, kept)
+        torch.autograd.backward(roots, [g.view_as(t) for g, t in zip(grads, roots, strict=True)])
+        return losses - torch.where(counts, kept.detach().flatten(), 0.0)
+
+    @torch.no_grad()
+    def losses(self, h: Tensor, batch: Batch) -> Tensor:
+        """[N] fp32, nats, of the model's output h [B, T, d]; 0 where the target is negative."""
+        flat, targets = h.flatten(0, 1), batch.targets.flatten()
+        if self.pointer is None:
+            return self.head.losses(flat, targets)
+        copied, kept = self.pointer(h, batch.tokens, batch.docs, batch.targets)
+        return self.head.losses(flat, targets, copied.flatten()) - kept.flatten()
 
     def looked_up(self, part: Batch) -> tuple[Tensor, ...]:
         """What the forward gets of an n-gram table, whose gradient is the rows': () without one."""
@@ -3582,7 +3748,7 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
         batch = batch.to(world.device)
         h = trainer.forward(batch.tokens, batch.docs, window, *trainer.looked_up(batch))
         targets = batch.targets.flatten()
-        losses = trainer.head.losses(h.flatten(0, 1), targets).double()
+        losses = trainer.losses(h, batch).double()
         valid = (targets >= 0).double()
         kind = torch.bucketize(batch.position.flatten(), edges, right=True)
         kind += kinds * (targets == corpus.eot)
@@ -4527,8 +4693,22 @@ def sigmoid_of(z, shift, width):
 
 
 @jit
-def loss_rows(z, targets, losses, totals, V, top, shift, width, CHUNK: tl.constexpr):
-    """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]."""
+def loss_rows(
+    z,
+    targets,
+    copied,
+    losses,
+    totals,
+    shares,
+    V,
+    top,
+    shift,
+    width,
+    CHUNK: tl.constexpr,
+    MIXED: tl.constexpr,
+):
+    """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]; MIXED
+    with copied [N]: shares [N], that of the softmax in the target's probability."""
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     sums = tl.zeros((CHUNK,), tl.float32)
@@ -4540,12 +4720,19 @@ def loss_rows(z, targets, losses, totals, V, top, shift, width, CHUNK: tl.conste
     total = top + tl.log(tl.sum(sums))
     target = tl.load(targets + row)
     hit = top * sigmoid_of(tl.load(z + tl.maximum(target, 0)).to(tl.float32), shift, width)
+    loss = total - hit
+    if MIXED:
+        other = tl.load(copied + row)
+        most = tl.maximum(-loss, other)
+        mixed = most + tl.log(tl.exp(-loss - most) + tl.exp(other - most))
+        tl.store(shares + row, tl.exp(-loss - mixed))
+        loss = -mixed
     tl.store(totals + row, total)
-    tl.store(losses + row, tl.where(target >= 0, total - hit, 0.0))
+    tl.store(losses + row, tl.where(target >= 0, loss, 0.0))
 
 
 @jit
-def grad_of(z, targets, totals, rows, columns, N, V, cap):
+def grad_of(z, targets, totals, shares, rows, columns, N, V, cap, MIXED: tl.constexpr):
     """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32. What depends
     on the row alone is multiplied there."""
     top, shift, width, scale = cap
@@ -4556,6 +4743,8 @@ def grad_of(z, targets, totals, rows, columns, N, V, cap):
     p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
     target = tl.load(targets + rows, rows < N, -1).to(tl.int32)
     share = tl.where(target >= 0, top / width * scale, 0.0)
+    if MIXED:
+        share *= tl.load(shares + rows, rows < N, 0.0)
     hits = tl.where(columns[None, :] == target[:, None], share[:, None], 0.0)
     return (p * share[:, None] - hits) * (s * (1 - s))
 
@@ -4583,6 +4772,7 @@ def grad_tiles(
     z,
     targets,
     totals,
+    shares,
     grad,
     turned,
     PAIRS,
@@ -4594,6 +4784,7 @@ def grad_tiles(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
+    MIXED: tl.constexpr,
 ):
     """A tile of z [2 PAIRS, V] a program -> grad, the same in bytes, and turned [V, PAIRS]. A pair
     of rows is one 16-bit number from the cast on: those the machine can transpose, bytes not.
@@ -4608,8 +4799,8 @@ def grad_tiles(
     columns = place // height * COLUMNS + tl.arange(0, COLUMNS)
     N = 2 * PAIRS
     cap = (top, shift, width, scale)
-    low = grad_of(z, targets, totals, 2 * pairs, columns, N, V, cap)
-    high = grad_of(z, targets, totals, 2 * pairs + 1, columns, N, V, cap)
+    low = grad_of(z, targets, totals, shares, 2 * pairs, columns, N, V, cap, MIXED)
+    high = grad_of(z, targets, totals, shares, 2 * pairs + 1, columns, N, V, cap, MIXED)
     pair = pair_of(low, high)
     inside = (pairs < PAIRS)[:, None] & (columns < V)[None, :]
     at = pairs.to(tl.int64)[:, None] * (2 * V) + columns[None, :]
@@ -4621,47 +4812,58 @@ def grad_tiles(
 
 @torch.library.custom_op("nca::loss_and_grad", mutates_args=())
 def loss_and_grad(
-    z: Tensor, targets: Tensor, top: float, shift: float, width: float
+    z: Tensor,
+    targets: Tensor,
+    top: float,
+    shift: float,
+    width: float,
+    copied: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, V], N even -> (losses [N], grad [N, V], grad^T [V, N]), gradients / G8_SCALE in e5m2:
     what `grad_in_fp8` and `transposed` give, in one pass for the sums and one for the gradient.
 
-    targets [N] int64; top, shift, width: `cap_constants`.
+    targets [N] int64; top, shift, width: `cap_constants`; copied [N] fp32: see `losses_and_grad`.
     """
     assert z.is_contiguous() and targets.is_contiguous(), (z.stride(), targets.stride())
+    mixed = copied is not None
+    assert not mixed or (copied.is_contiguous() and copied.dtype == torch.float32), copied
     n, v = z.shape
     assert n % 2 == 0, n
     losses, totals = (z.new_empty(n, dtype=torch.float32) for _ in range(2))
+    shares = torch.empty_like(totals) if mixed else totals  # not mixed: read by nobody
+    copied = copied if mixed else totals
     grad, turned = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
     cap = (top, shift, width)
     block, warps = ROW_BLOCK
-    loss_rows[(n,)](z, targets, losses, totals, v, *cap, block, num_warps=warps)
+    rows_out = losses, totals, shares
+    loss_rows[(n,)](z, targets, copied, *rows_out, v, *cap, block, mixed, num_warps=warps)
     rows, columns, group, warps, registers = GRAD_TILE
     tiles = triton.cdiv(v, columns) * triton.cdiv(n, rows)
     outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
-    how, limits = (rows, columns, group), {"num_warps": warps, "maxnreg": registers}
-    grad_tiles[(tiles,)](z, targets, totals, *outs, *how, **limits)
+    how, limits = (rows, columns, group, mixed), {"num_warps": warps, "maxnreg": registers}
+    grad_tiles[(tiles,)](z, targets, totals, shares, *outs, *how, **limits)
     return losses, grad, turned
 
 
 @loss_and_grad.register_fake
-def _(z, targets, top, shift, width):
+def _(z, targets, top, shift, width, copied=None):
     n, v = z.shape
     grads = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
     return z.new_empty(n, dtype=torch.float32), *grads
 
 
 @functools.cache
-def probe_loss(device: torch.device) -> str:
-    """Of the kernels of the loss, against what they replace."""
+def probe_loss(device: torch.device, mixed: bool = False) -> str:
+    """Of the kernels of the loss, with `copied` or without, against what they replace."""
     if not hopper(device):
         return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
     z = 8 * torch.randn(256, 512, generator=gen, device=device, dtype=torch.bfloat16)
     targets = torch.randint(-1, 512, (256,), generator=gen, device=device)
+    copied = 4 * torch.randn(256, generator=gen, device=device) - 6 if mixed else None
     try:
-        losses, grad, turned = loss_and_grad(z, targets, *cap_constants(30.0))
-        want, exact = losses_and_grad(z, targets, 30.0)
+        losses, grad, turned = loss_and_grad(z, targets, *cap_constants(30.0), copied)
+        want, exact = losses_and_grad(z, targets, 30.0, copied)
         # torch compares no FP8 numbers, and a transpose has the same bytes.
         if not torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8)):
             return "computes wrongly on this card: the gradient is not its own transpose's"

@@ -327,6 +327,7 @@ def refuse_own_arm(meta: dict) -> None:
         )
     if meta["config"].get("ngram"):
         raise T.InputError("evals/modeling_nca.py has no --ngram table: train without for a folder")
+    sample.refuse_copy(meta["config"], "a Hugging Face folder")
 
 
 def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:

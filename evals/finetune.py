@@ -74,6 +74,7 @@ class Start:
     @classmethod
     def load(cls, path: str, tokenizer: str) -> Start:
         meta = sample.meta_of(path)
+        sample.refuse_copy(meta["config"], "fine-tuning")
         words = Words(sample.tokenizer_of(meta, tokenizer))
         if exported.is_folder(path):
             weights = sample.load(path)[0].state_dict()

@@ -238,6 +238,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     """train_gpt.py's command line, or that of variants/gpt2.py, with the hook."""
 
     def make_hooks(cfg: T.Config) -> T.Hooks:
+        sample.refuse_copy(cfg.flat(), "evals/hellaswag.py")
         hooks = gpt2.make_hooks(cfg) if cfg.preset == "gpt2" else T.Hooks()
         vocab = cfg.model.vocab or T.Corpus.open(cfg.data.data, cfg.data.dev).vocab
         items = load(args.items, vocab, args.tokenizer, args.limit)
@@ -252,6 +253,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
 def score(args: argparse.Namespace) -> dict[str, bits.Mean]:
     """Prints and returns the figures of a run or checkpoint folder; InputError."""
     meta = sample.meta_of(args.model)
+    sample.refuse_copy(meta["config"], "evals/hellaswag.py")
     vocab = int(meta["config"]["vocab"])
     items = load(args.items, vocab, args.tokenizer, args.limit)
     world, most = T.World.start(args.device), bits.context_of(vocab)

@@ -141,6 +141,7 @@ def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
 
 def measure(path: Path, rows: np.ndarray, shares: list[float], device: str) -> list[Point]:
     """A run's points. InputError where it is no model of this text."""
+    sample.refuse_copy(sample.meta_of(path)["config"], "evals/prune.py")
     model, meta = sample.load(path, device, rows.shape[1])
     tokens, points = torch.from_numpy(rows), []
     if int(tokens.max()) >= model.cfg.vocab:

@@ -94,9 +94,13 @@ def stream(
     ids = list(prompt_ids) or [eot]
     for _ in range(how.tokens):
         shown = torch.tensor([ids[-most:]], dtype=torch.int32, device=device)
-        h = model(shown, torch.zeros_like(shown), window)[:, -1]
-        z = h @ model.head.to(h.dtype).t()
-        logits = T.softcap(z, model.softcap)[0, : model.cfg.vocab].cpu()
+        docs = torch.zeros_like(shown)
+        h = model(shown, docs, window)
+        z = h[:, -1] @ model.head.to(h.dtype).t()
+        logits = T.softcap(z, model.softcap)
+        if getattr(model, "pointer", None) is not None:
+            logits = model.pointer.mix(logits[:, None], h, shown, docs)[:, 0]
+        logits = logits[0, : model.cfg.vocab].cpu()
         if not how.end:
             logits[eot] = -math.inf
         token = next_token(logits, how, gen)
@@ -128,6 +132,13 @@ def meta_of(path: str | Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise T.InputError(f"{file} is damaged: {e!r}") from None
     return meta
+
+
+def refuse_copy(config: dict, reader: str) -> None:
+    """InputError where `reader` would take the head's softmax for the whole of p. config: as
+    `Config.flat` has it."""
+    if config.get("copy"):
+        raise T.InputError(f"{reader} cannot read the copy head of a model trained with --copy yet")
 
 
 def best_window(meta: dict) -> int:

@@ -33,6 +33,7 @@ IDEAS = {
     "token shares": {"token_shares": True},
     "mudd": {"mudd": True},
     "tie": {"tie": True},
+    "copy": {"copy": True},
 }
 TRAINING = {"optimizer": {"normuon": 0.95, "cautious_wd": 1.2}}
 TRAINING |= {"adam every 2": {"adam_every": 2}, "cautious Adam": {"cautious_adam_wd": 0.005}}

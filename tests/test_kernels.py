@@ -61,6 +61,13 @@ def loss_case(rows: int, vocab: int, dtype=torch.bfloat16, device="cpu"):
     return z, targets.to(device)
 
 
+def copied_case(rows: int, device="cpu") -> Tensor:
+    """[rows] log weights of a copy: from next to all of the probability to none of it."""
+    copied = rand(rows, seed=7, std=6.0) - 6
+    copied[3], copied[4], copied[5] = T.NO_COPY, 20.0, -30.0
+    return copied.to(device)
+
+
 def release(module) -> tuple[int, ...]:
     """(major, minor) of a package's version."""
     return tuple(int(part) for part in module.__version__.split(".")[:2])
@@ -158,7 +165,8 @@ def test_interpreted_ops_are_registered(cast_by_bits):
     inputs, grad = mlp_case(24, 40, 16)
     opcheck(T.fused_mlp, inputs)
     opcheck(T.mlp_back, (grad, inputs[2].detach(), rand(24, 40).square()))
-    opcheck(T.loss_and_grad, (*loss_case(6, 48), *T.cap_constants(30.0)))
+    for copied in (None, copied_case(6)):
+        opcheck(T.loss_and_grad, (*loss_case(6, 48), *T.cap_constants(30.0), copied))
 
 
 @T.jit
@@ -181,14 +189,17 @@ def cast_by_bits(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(
     "cap, rows, vocab", [*((cap, 6, 48) for cap in CAPS), (CAPS[1], 134, 2096)]
 )
-def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab):
-    """Both caps; rows and columns that fill no tile, masked targets, the first and last column."""
+def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, mixed):
+    """Both caps; rows and columns that fill no tile, masked targets, the first and last column;
+    with a copy beside the softmax and without."""
     z, targets = loss_case(rows, vocab)
-    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap))
-    want, exact = T.losses_and_grad(z, targets, cap)
+    copied = copied_case(rows) if mixed else None
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied)
+    want, exact = T.losses_and_grad(z, targets, cap, copied)
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     rounded = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
@@ -203,7 +214,7 @@ def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
     """Whole groups of tiles, one that is cut short, and none."""
     monkeypatch.setattr(T, "GRAD_TILE", tile)
     monkeypatch.setattr(T, "ROW_BLOCK", (64, 4))
-    test_interpreted_loss_and_gradient(None, 30.0, 134, 144)
+    test_interpreted_loss_and_gradient(None, 30.0, 134, 144, True)
 
 
 def plain_fp8_mm(a, b, scale_a, scale_b, out_dtype, fast):
@@ -308,7 +319,7 @@ class FakeCuda(T.World):
 def reasons(monkeypatch, data, out, **changes) -> dict[str, str]:
     monkeypatch.setattr(T, "fp8_works", lambda device: True)
     monkeypatch.setattr(T, "probe_mlp", lambda device: "")
-    monkeypatch.setattr(T, "probe_loss", lambda device: "broken here")
+    monkeypatch.setattr(T, "probe_loss", lambda device, mixed: "broken here")
     trainer = T.Trainer(H.tiny(data, out, **changes))
     trainer.world = FakeCuda(trainer.world.device)
     return trainer.choose_kernels()
@@ -349,8 +360,8 @@ def test_without_triton(monkeypatch):
 # ---- the probes ---------------------------------------------------------------------------------
 
 
-def plain_loss(z, targets, *cap):
-    losses, grad = T.grad_in_fp8(z, targets, cap)
+def plain_loss(z, targets, top, shift, width, copied=None):
+    losses, grad = T.grad_in_fp8(z, targets, (top, shift, width), copied)
     return losses, grad, T.transposed(grad)
 
 
@@ -384,6 +395,7 @@ def probes() -> dict[str, str]:
 
 def test_probes_pass_what_is_right(on_cpu):
     assert probes() == {"mlp": "", "fp8": "", "loss": ""}
+    assert T.probe_loss.__wrapped__(torch.device("cpu"), True) == ""
 
 
 def test_probes_do_not_raise(on_cpu, monkeypatch):
@@ -606,12 +618,15 @@ def test_gpu_mlp_compiled(fp8):
 @here
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("rows, vocab", [(16_384, 50_304), (1026, 50_304), (130, 272)])
-def test_gpu_loss_and_gradient(cap, rows, vocab):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gpu_loss_and_gradient(cap, rows, vocab, mixed):
     z, targets = loss_case(rows, vocab, device=CUDA)
-    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap))
+    copied = copied_case(rows, CUDA) if mixed else None
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied)
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     some = slice(None, 1026)
-    want, exact = T.losses_and_grad(z[some], targets[some], cap)
+    copied = copied[some] if mixed else None
+    want, exact = T.losses_and_grad(z[some], targets[some], cap, copied)
     torch.testing.assert_close(losses[some], want, rtol=1e-4, atol=1e-4)
     plain = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
     assert (grad[some].float() != plain).float().mean() < 1e-3, "beyond what rounding decides"
@@ -636,8 +651,9 @@ def test_gpu_loss_keeps_nan():
 
 @gpu
 @here
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("candidates", [0, 24_576])
-def test_gpu_head(candidates):
+def test_gpu_head(candidates, mixed):
     """Pieces of the head with the kernels and without: losses, dh, dw; over all classes, over some.
     (A piece of targets drawn evenly has some 14,000 different ones.)"""
     h = T.norm(rand(20_480, 768, dtype=torch.bfloat16, device=CUDA))
@@ -648,7 +664,8 @@ def test_gpu_head(candidates):
         head = T.Head(torch.nn.Parameter(weight), 30.0, torch.bfloat16, True, False, fused)
         head.weight.grad = torch.zeros_like(weight)
         head.prepare()
-        got = head.backward(h, targets, scale, candidates, 7 * T.HEAD_PIECE)
+        copied = copied_case(20_480, CUDA) if mixed else None
+        got = head.backward(h, targets, scale, candidates, 7 * T.HEAD_PIECE, copied)
         results.append((*got, head.weight.grad))
         assert head.left_out == 0
     far = [error(f, p) for p, f in zip(*results, strict=True)]

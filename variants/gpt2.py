@@ -35,7 +35,7 @@ LACKS |= {"bigram": 0, "bigram_dim": 0, "smear": False, "shifted_cap": False, "a
 LACKS |= {"token_shares": False, "mudd": False, "ngram": 0}
 LACKS |= {"normuon": 0.0, "cautious_wd": 0.0, "tie": False, "adam_every": 1}
 LACKS |= dict.fromkeys(("head_betas", "value_betas", "scalar_betas"), (0.8, 0.95))
-LACKS |= {"cautious_adam_wd": 0.0, "paired": ()}
+LACKS |= {"cautious_adam_wd": 0.0, "paired": (), "copy": False}
 
 T.PRESETS["gpt2"] = {
     **{"require_gpu": True, **LACKS, "qk_norm": False, "gate": False, "bias": True},
@@ -94,6 +94,7 @@ class GPT2(T.GPT):
     def __init__(self, cfg: T.ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         nn.Module.__init__(self)  # none of T.GPT's parameters
         self.cfg, self.dtype, self.softcap, self.flex, self.rope_dims = cfg, dtype, 0.0, None, []
+        self.pointer = None
         # The tied matrix: the loop's Head adds its gradient to what autograd finds for the lookup.
         shape = (T.padded(cfg.vocab), cfg.d_model)
         self.head = T.parameter(shape, ("normal", INIT_STD), "head")
