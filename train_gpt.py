@@ -267,7 +267,9 @@ class RunConfig:
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
-    mlp_fp8: bool = knob(False, "FP8 products on the fused MLP's way forward (records 84, 89)")
+    mlp_fp8: bool = knob(
+        False, "FP8 products on the fused MLP's way forward, looks and val too (84, 89)"
+    )
     loss_kernel: bool = knob(True, "fused loss of the FP8 head (records 60, 67), likewise")
     attention: str = knob(
         "flex",
@@ -2674,13 +2676,17 @@ class Optimizer:
             mine.append(self.rows.collect())
         sums = self.world.sum(torch.cat(mine))
         self.bad.logical_or_(sums.isfinite().all().logical_not())
-        length, factor = sums[0].sqrt(), torch.ones_like(sums[0])
+        length = sums[0].sqrt()
         if beside is not None:
             beside.copy_(sums[1 : 1 + len(beside)])
         if self.clip:
             factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
             factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
             torch._foreach_mul_([b.own_grad for b in self.banks], factor)
+        elif self.rows is not None:
+            factor = torch.ones_like(length)
+        if self.rows is not None:  # who looks at the norm is to see what closed the gate
+            length = torch.where(sums[-1].isfinite(), length, sums[-1])
         gathers = []
         for bank in self.banks:
             if bank.group.kind == "muon" or adam:
@@ -3521,6 +3527,8 @@ class Trainer:
         why = {name: next((one[name] for one in found if one[name]), "") for name in why}
         if not self.world.cuda:
             why = {name: reason for name, reason in why.items() if not reason or name == "fa4"}
+        if why.get("ngram") and self.world.size > 1:
+            raise InputError(f"--ngram on several GPUs needs its kernel: {why['ngram']}")
         if why.get("fa4") and not run.deterministic:
             raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
         return why
@@ -3564,6 +3572,8 @@ class Trainer:
         n-gram table does not: it is gone."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
         self.optimizer.drop_samples()  # of a run that did not come to its end
+        if self.optimizer.rows is not None:
+            self.optimizer.rows.clear()
         if self.ngram is not None:
             self.ngram.table = None
         gc.collect()
@@ -3660,7 +3670,7 @@ class Trainer:
         copied, kept = self.pointer(h, part.tokens, part.docs, part.targets)
         apart = copied.detach().flatten()
         losses, grad = self.head.backward(flat, targets, scale, candidates, position, apart)
-        counts = losses != 0  # else the target is masked, or no candidate
+        counts = losses != 0 if candidates else targets >= 0  # or it is no candidate
         share = torch.where(counts, torch.exp(apart + losses), 0.0)  # of p that is copied
         grads = (grad, -scale * share, torch.where(counts, -scale, 0.0))
         roots = (h, copied, kept)
@@ -4157,6 +4167,8 @@ class Run:
             raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
         free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
         free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
+        if any(step.candidates for step in self.steps):
+            free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows
         # A setting that the checkpoint is too old to know was off, as its default is or was.
         off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
         mine, saved = self.cfg.flat(), {**off, **without_deleted(meta["config"], path)}

@@ -80,7 +80,8 @@ def make_header(cfg: T.Config, steps: list[T.Step], labels: dict) -> dict:
         "data": data,
         "params": {"active_matmul": active, "stored": active + 38_633_498, "attention": attention},
         **{"flops_per_token": flops, "peak_flops": 989.4e12, "world": 1},
-        **{"fp8": True, "fa4": False, "mlp_kernel": False, "loss_kernel": False},
+        **{"fp8": True, "fa4": False, "mlp_kernel": False, "mlp_fp8": False},
+        "loss_kernel": False,
         **{"dtype": "bfloat16", "compile_s": 78.5, "steps": len(steps)},
         **{"tokens": trained, "distinct": min(trained, have), "repeated": max(0, trained - have)},
     }

@@ -258,7 +258,8 @@ def test_a_gradient_of_the_table_alone_closes_the_gate(value):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         opt.rows.hold(tokens, docs, grad)
-        opt.step(1.0, 0.9, torch.ones(2))
+        norm = opt.step(1.0, 0.9, torch.ones(2))
+        assert norm.isfinite() == grad.isfinite().all(), "or nobody hears of it"
         state = {n: p.detach().clone() for n, p in model.named_parameters()}
         return {**state, **dict(enumerate(bits(opt.rows)))}
 
@@ -271,6 +272,32 @@ def test_a_gradient_of_the_table_alone_closes_the_gate(value):
     opt.reset()
     assert not torch.equal(step(grad)["embed"], before["embed"])
     assert int(opt.rows.count) == 1
+
+
+def test_a_run_stops_where_the_tables_gradient_alone_is_not_finite(text_data, tmp_path):
+    trainer = T.Trainer(H.tiny(text_data, tmp_path, ngram=256, looks=0))
+    hold = trainer.optimizer.rows.hold
+
+    def broken(tokens, docs, grad):
+        hold(tokens, docs, grad * math.nan if int(trainer.optimizer.rows.count) == 2 else grad)
+
+    trainer.optimizer.rows.hold = broken
+    with pytest.raises(T.NonFinite, match=r"^step 3: .*gradient of ngram\.table first"):
+        trainer.run()
+
+
+def test_ranks_do_not_go_apart_where_the_kernel_fails(text_data, tmp_path, monkeypatch):
+    class TwoGpus(T.World):
+        cuda = True
+        gather = staticmethod(lambda found: [found, found])
+
+    monkeypatch.setattr(T, "probe_rows", lambda device: "broken here")
+    trainer = T.Trainer(H.tiny(text_data, tmp_path, ngram=256))
+    trainer.world = TwoGpus(trainer.world.device)
+    assert trainer.choose_kernels()["ngram"] == "broken here"
+    trainer.world.size = 2
+    with pytest.raises(T.InputError, match="several GPUs needs its kernel: broken here"):
+        trainer.choose_kernels()
 
 
 def test_clipping_falls_on_the_table_too():

@@ -296,6 +296,8 @@ def test_a_checkpoint_of_another_loss_is_refused(whole, text_data, tmp_path):
     stages = tuple(T.dataclasses.replace(s, candidates=0) for s in STAGES)
     with pytest.raises(T.InputError, match="saved with other settings: stages"):
         T.train(config(text_data, tmp_path, resume=str(run), stages=stages))
+    with pytest.raises(T.InputError, match="other settings: micro_batch_tokens"):
+        T.train(config(text_data, tmp_path, resume=str(run), micro_batch_tokens=128))
 
 
 def test_a_log_names_targets_without_a_place(text_data, tmp_path):
