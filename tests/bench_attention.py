@@ -447,6 +447,8 @@ def serve(pipe, settings: dict) -> None:
             return
         try:
             row = measure(CASES[number], length, settings)
+        except ImportError as e:  # before anything ran: this process can go on
+            row = {"reason": f"skipped: {first_line(e)}"}
         except Exception as e:
             row = {"reason": first_line(e)}
         pipe.send(row)

@@ -294,6 +294,29 @@ def test_worker_outlives_its_process(monkeypatch):
         worker.stop()
 
 
+def test_a_missing_package_ends_no_process(monkeypatch):
+    """Its rows are skipped, and what follows is measured where it is."""
+
+    class Pipe:
+        asked, sent = [(0, 128)], []
+
+        def recv(self):
+            if not self.asked:
+                raise EOFError
+            return self.asked.pop()
+
+        def send(self, row):
+            self.sent.append(row)
+
+    def missing(*_):
+        raise ImportError("it needs a package")
+
+    monkeypatch.setattr(B, "measure", missing)
+    monkeypatch.setattr(B.T, "configure_compiler", lambda: None)
+    B.serve(Pipe(), {"device": "cpu"})
+    assert Pipe.sent == [{"reason": "skipped: ImportError: it needs a package"}]
+
+
 def test_minutes_end_a_run(tmp_path):
     out = tmp_path / "report.json"
     assert B.main(["--lengths", "128", "--minutes", "0", "--out", str(out)]) == 0
