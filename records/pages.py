@@ -89,6 +89,11 @@ def kind(filed: Filed) -> str:
     return filed.claim["kind"]
 
 
+def setting(filed: Filed) -> str:
+    """The preset, and what the claim's "setting" says that comparisons under it do not share."""
+    return ", ".join(filter(None, [filed.figures["preset"], filed.claim.get("setting")]))
+
+
 def p_value(filed: Filed, arm: str, against: str | None = None) -> str:
     """Of the plan's test: of a pair, or of a record's arm."""
     for d in filed.figures["decision"] or ():
@@ -140,7 +145,7 @@ def what(filed: Filed) -> Row:
         "date": filed.claim["date"],
         "folder": link(filed),
         "kind": kind(filed),
-        "preset": filed.figures["preset"],
+        "preset": setting(filed),
     }
 
 
@@ -296,11 +301,6 @@ def on_gpu(filed: Filed) -> bool:
     return shown(filed) and filed.figures["machines"] != ["CPU"]
 
 
-def setting(filed: Filed) -> str:
-    """The preset, and what the claim's "setting" says that comparisons under it do not share."""
-    return ", ".join(filter(None, [filed.figures["preset"], filed.claim.get("setting")]))
-
-
 def front_pairs(board: Board) -> list[tuple[Filed, dict]]:
     """For each track, setting and pair of arms the best founded comparison on GPUs that has an
     interval: of a whole plan before a screen, then the newest."""
@@ -359,7 +359,7 @@ def front_runs(filed: list[Filed]) -> list[Row]:
     return [
         {
             "track": f.claim["track"],
-            "preset": f.figures["preset"],
+            "preset": setting(f),
             "arm": f"`{arm}`",
             "tokens:": millions(full_schedule(f)["tokens"]),
             "n:": str(a["n"]),
