@@ -362,6 +362,7 @@ def ranks(data: str, out: str) -> list[float]:
     return [float(p.detach().double().norm()) for p in trainer.model.parameters()]
 
 
+@pytest.mark.long
 def test_two_ranks_equal_one(text_data, tmp_path):
     a, b = H.on_ranks(2, ranks, tmp_path / "ranks", str(text_data), str(tmp_path / "two"))
     one = ranks(str(text_data), str(tmp_path / "one"))

@@ -316,6 +316,7 @@ def test_a_log_names_targets_without_a_place(text_data, tmp_path):
     assert all(e["text"].startswith("256 targets had no place") for e in events)
 
 
+@pytest.mark.long
 def test_the_same_run_in_deterministic_mode(whole, text_data, tmp_path):
     argv = H.argv_of(config(text_data, tmp_path, save_every=0))
     done = H.run_forked([*argv, "--deterministic"])
@@ -353,7 +354,7 @@ def test_two_ranks_train_alike(text_data, tmp_path):
     assert len(a) == 14 and a == pytest.approx(b, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 def test_compiled_equals_eager_without_recompiling(text_data, tmp_path):
     """Warm-up makes the graphs of every size of candidates, and turns make none."""

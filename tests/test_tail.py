@@ -287,6 +287,7 @@ def ranks(data: str, out: str) -> dict:
     return {"weights": weights, "again": weights_of(again.model)}
 
 
+@pytest.mark.long
 def test_two_ranks_equal_one(text_data, tmp_path):
     """Each averages its own slice; a checkpoint of two goes on at one."""
     a, b = H.on_ranks(2, ranks, tmp_path / "ranks", str(text_data), str(tmp_path / "two"))
