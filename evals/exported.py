@@ -28,6 +28,15 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
+def model_class(meta: dict) -> type[T.GPT]:
+    """What a checkpoint with this `meta` holds: train_gpt.py's model, or variants/gpt2.py's."""
+    if meta["config"]["preset"] != "gpt2":
+        return T.GPT
+    from variants import gpt2
+
+    return gpt2.GPT2
+
+
 def meta_of(folder: str | Path) -> dict:
     """meta.json of the checkpoint that the folder was exported from; InputError where it is none
     of ours."""
@@ -66,11 +75,7 @@ def _places(model: nn.Module, meta: dict) -> dict[str, torch.Tensor]:
 
 
 def _model(meta: dict, source: Path, length: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    make = T.GPT
-    if meta["config"]["preset"] == "gpt2":
-        from variants import gpt2
-
-        make = gpt2.GPT2
+    make = model_class(meta)
     return make(T.config_from_flat(meta["config"], source).model, length, dtype)
 
 

@@ -89,7 +89,7 @@ class Start:
 
     def model(self, cfg: T.ModelConfig, length: int, dtype: torch.dtype) -> nn.Module:
         """As trained; dense attention, as rows are short and nothing is compiled."""
-        model = (gpt2.GPT2 if self.is_gpt2 else T.GPT)(cfg, length, dtype)
+        model = exported.model_class(self.meta)(cfg, length, dtype)
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as e:  # a parameter too many, or of another shape

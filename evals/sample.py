@@ -151,13 +151,10 @@ def best_window(meta: dict) -> int:
 def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Module, dict]:
     """(model, meta) of a run, checkpoint or exported folder, train_gpt.py's or variants/gpt2.py's,
     ready for `stream`; InputError where it is none."""
-    make, meta = None, meta_of(path)
-    if meta["config"]["preset"] == "gpt2":
-        from variants import gpt2
-
-        make = gpt2.GPT2
-        if context > gpt2.BLOCK_SIZE:
-            raise T.InputError(f"--context {context}: this model has {gpt2.BLOCK_SIZE} positions")
+    meta = meta_of(path)
+    make = exported.model_class(meta)
+    if make is not T.GPT and context > make.positions:
+        raise T.InputError(f"--context {context}: this model has {make.positions} positions")
     length = max(context, trained_context(meta))
     try:
         if exported.is_folder(path):

@@ -91,6 +91,8 @@ class GPT2(T.GPT):
     """GPT-2 behind T.GPT's interface: forward(tokens, docs [B, T] int32, window [2]) -> hidden
     [B, T, d]; T <= 1,024. Contexts, score scale (head_dim^-1/2) and `logits` are T.GPT's own."""
 
+    positions = BLOCK_SIZE
+
     def __init__(self, cfg: T.ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         nn.Module.__init__(self)  # none of T.GPT's parameters
         self.cfg, self.dtype, self.softcap, self.flex, self.rope_dims = cfg, dtype, 0.0, None, []
