@@ -46,6 +46,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -781,13 +782,15 @@ def fp8_mm(
     """(scale_a a) @ (scale_b b), [M, K] x [K, N] -> [M, N]: FP8 operands, fp32 accumulation.
 
     a e4m3 or e5m2, row-major; b e4m3, column-major; all of M, K, N divisible by 16; scales fp32,
-    one element. `fast` accumulates in fewer bits. torch._scaled_mm takes wrong layouts on some
-    back ends without a word, hence the assertions.
+    one element each, at a multiple of 16 bytes as cuBLAS wants it of pointers: none of a row of
+    scales. `fast` accumulates in fewer bits. torch._scaled_mm takes wrong layouts on some back ends
+    without a word, hence the assertions.
     """
     assert a.dtype in (E4M3, E5M2) and b.dtype == E4M3, (a.dtype, b.dtype)
     assert a.is_contiguous() and b.t().is_contiguous(), (a.stride(), b.stride())
     assert all(n % 16 == 0 for n in (*a.shape, b.size(1))), (a.shape, b.shape)
     assert scale_a.dtype == scale_b.dtype == torch.float32
+    assert not a.is_cuda or scale_a.data_ptr() % 16 == scale_b.data_ptr() % 16 == 0
     return torch._scaled_mm(
         a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast
     )
@@ -860,13 +863,15 @@ def token_losses(z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = N
 
 
 def losses_and_grad(
-    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None
+    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(losses [N], d sum(losses) / dz [N, V] fp32), by hand, so that no logits are kept. With
     `copied`, see `token_losses`: the softmax's gradient times its share of the probability. That of
-    `copied` is -exp(copied + losses), which is left to the caller."""
+    `copied` is -exp(copied + losses), which is left to the caller. rest: see `Candidates`."""
     logits = softcap(z, cap)
-    total = log_partition(logits, cap)
+    columns = torch.arange(z.size(1), device=z.device)
+    weighed = logits if rest is None else logits + torch.where(columns < rest[0], 0.0, rest[1])
+    total = log_partition(weighed, cap)
     targets = targets[:, None]
     valid = targets >= 0
     hit = logits.gather(1, targets.clamp(min=0))
@@ -876,8 +881,7 @@ def losses_and_grad(
         counts = counts * torch.exp(-losses - mixed)
         losses = -mixed
     losses = torch.where(valid, losses, 0.0)[:, 0]
-    columns = torch.arange(z.size(1), device=z.device)
-    grad = torch.exp(logits - total) * counts - torch.where(columns == targets, counts, 0.0)
+    grad = torch.exp(weighed - total) * counts - torch.where(columns == targets, counts, 0.0)
     if cap:
         top, _, width = cap_constants(cap)
         grad = grad * (logits * (1 / width) * (1 - logits / top))
@@ -885,18 +889,23 @@ def losses_and_grad(
 
 
 def grad_in(
-    z: Tensor, targets: Tensor, scale: Tensor, cap: Cap, copied: Tensor | None = None
+    z: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    cap: Cap,
+    copied: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """losses_and_grad with scale x grad in z's dtype."""
-    losses, g = losses_and_grad(z, targets, cap, copied)
+    losses, g = losses_and_grad(z, targets, cap, copied, rest)
     return losses, (g * scale).to(z.dtype)
 
 
 def grad_in_fp8(
-    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None
+    z: Tensor, targets: Tensor, cap: Cap, copied: Tensor | None = None, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """losses_and_grad with grad / G8_SCALE in e5m2."""
-    losses, g = losses_and_grad(z, targets, cap, copied)
+    losses, g = losses_and_grad(z, targets, cap, copied, rest)
     return losses, to_fp8(g, G8_SCALE, E5M2)
 
 
@@ -911,15 +920,24 @@ def stride_of(classes: int) -> int:
     return next(n for n in itertools.count(max(1, start)) if math.gcd(n, classes) == 1)
 
 
-def candidate_set(targets: Tensor, classes: int, size: int, turn: int) -> tuple[Tensor, Tensor]:
+class Candidates(NamedTuple):
+    """The classes that a training softmax is over: the targets' first, then some of the others."""
+
+    ids: Tensor  # [size] int64, all different
+    # fp32 [2]: how many are targets'; log of how many classes each of the others stands for, which
+    # is added to its capped logit. So the partition function is what all classes would give but for
+    # chance, and loss and gradient are of the same objective.
+    rest: Tensor
+
+
+def candidate_set(targets: Tensor, classes: int, size: int, turn: int) -> tuple[Candidates, Tensor]:
     """What a softmax over `size` of `classes` ids is over (record 92); the host waits for nothing.
 
-    targets [N] int64 -> (ids [size], all different; the targets' places among them [N]). First
-    come the ids that are targets, then others, in a fixed order that each turn begins one id
-    further: over turns every class is a negative equally often. What a softmax over all would give
-    to the rest is not corrected for, so the loss is lower. Of more than `size` different targets
-    those last in that order are left out: their tokens get the place -1, no loss, which negative
-    targets have, too.
+    targets [N] int64 -> (candidates, the targets' places among them [N]). First come the ids that
+    are targets, then others, in a fixed order that each turn begins one id further: over turns
+    every class is a negative equally often. Of more than `size` different targets those last in
+    that order are left out: their tokens get the place -1, no loss, which negative targets have,
+    too.
     """
     ids = torch.arange(classes, device=targets.device)
     order = (ids * stride_of(classes) + turn) % classes
@@ -931,7 +949,10 @@ def candidate_set(targets: Tensor, classes: int, size: int, turn: int) -> tuple[
     chosen = torch.empty_like(ids).index_copy_(0, place, order)[:size]
     place_of = torch.empty_like(ids).index_copy_(0, order, place)
     at = place_of[targets.clamp(min=0)]
-    return chosen, torch.where((targets >= 0) & (at < size), at, -1)
+    known = so_far[-1].clamp(max=size)
+    weight = ((classes - so_far[-1]).clamp(min=1) / (size - known).clamp(min=1)).log()
+    rest = torch.stack([known.float(), weight])
+    return Candidates(chosen, rest), torch.where((targets >= 0) & (at < size), at, -1)
 
 
 class Head:
@@ -975,21 +996,33 @@ class Head:
             self._cast = (self.weight.to(self.dtype),)
 
     def piece(
-        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, copied: Tensor | None
+        self,
+        h: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        some: Candidates | None,
+        copied: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw. ids: the classes that
+        """h [N, d] in its own dtype -> (losses [N], dh); weight.grad += dw. some: the classes that
         the softmax is over and targets are places in; None: all. copied: see `losses_and_grad`."""
         (w,) = self._cast
+        ids, rest = some or (None, None)
         w = w if ids is None else w[ids]
-        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, copied)
+        losses, g = self._grad(h @ w.t(), targets, scale, self.cap, copied, rest)
         self.add_to_grad(g.t() @ h, ids)
         return losses, g @ w
 
     def piece_fp8(
-        self, h: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, copied: Tensor | None
+        self,
+        h: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        some: Candidates | None,
+        copied: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The same through three FP8 products (record 19)."""
         w8, w8t = self._cast  # [V, d], [d, V], e4m3
+        ids, rest = some or (None, None)
         if ids is not None:
             w8 = w8.view(torch.int64)[ids].view(E4M3)  # rows of bytes, eight at a time
             w8t = self._transposed(w8)
@@ -999,9 +1032,9 @@ class Head:
         x8 = self._to_fp8(h, x_scale, E4M3)
         z = fp8_mm(x8, w8.t(), xs, ws, torch.bfloat16, True)
         if self.fused and len(z) % 2 == 0:
-            losses, g8, g8t = loss_and_grad(z, targets, *cap_constants(self.cap), copied)
+            losses, g8, g8t = loss_and_grad(z, targets, *cap_constants(self.cap), copied, rest)
         else:
-            losses, g8 = self._grad(z, targets, self.cap, copied)
+            losses, g8 = self._grad(z, targets, self.cap, copied, rest)
             g8t = self._transposed(g8)
         dh = fp8_mm(g8, w8t.t(), gs, ws, torch.bfloat16, False)
         x8t = self._transposed_x(x8)
@@ -1047,13 +1080,13 @@ class Head:
         `losses_and_grad`.
         """
         run, turn = self.piece_fp8 if self.fp8 else self.piece, position // min(HEAD_PIECE, len(h))
-        out, ids = [], None
+        out, some = [], None
         for i, (x, t, c) in enumerate(self.pieces(h, targets, copied)):
             if candidates:
-                ids, places = candidate_set(t, len(self.weight), candidates, turn + i)
+                some, places = candidate_set(t, len(self.weight), candidates, turn + i)
                 self.left_out += ((t >= 0) & (places < 0)).sum()
                 t = places
-            out.append(run(x, t, scale, ids, c))
+            out.append(run(x, t, scale, some, c))
         losses, grads = zip(*out, strict=True)
         return torch.cat(losses), torch.cat(grads)
 
@@ -4542,7 +4575,7 @@ def relu2_product(
 ) -> Tensor:
     """`relu2_tiles` on contiguous matrices; the TMA unit wants rows by 16 B: K and N by 8, in FP8
     by 16. Where out8 [M, N] is given it and the operands are in FP8, the result is in bfloat16 and
-    `scale` begins with the product's."""
+    `scale` is the product's."""
     back, unit = post is not None, 8 if out8 is None else 16
     (m, k), n = a.shape, b.size(1 if back else 0)
     assert a.is_contiguous() and b.is_contiguous(), (a.stride(), b.stride())
@@ -4609,30 +4642,37 @@ def mlp_gradients(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
 fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
 
 
-def mlp_in_fp8(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [M, d] of unit RMS, weights in fp32 -> all three in e4m3, and scales [2]: of the product of
-    the first two, and of the third. Weights by their largest value, so that a step that made one
-    large spoils no product."""
+def mlp_in_fp8(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """x [M, d] of unit RMS, weights in fp32 -> all three in e4m3, and scales: of the product of the
+    first two, and of the third. Weights by their largest value, so that a step that made one large
+    spoils no product."""
     x_scale = x.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
     x, up, down = (t.detach() for t in (x, up, down))
     of_up, of_down = (t.abs().amax().float().clamp(min=1e-12) / 448 for t in (up, down))
     x8, up8 = to_fp8(x, x_scale, E4M3), to_fp8(up, of_up, E4M3)
-    return x8, up8, to_fp8(down, of_down, E4M3), torch.stack([of_up * x_scale, of_down])
+    return x8, up8, to_fp8(down, of_down, E4M3), of_up * x_scale, of_down
 
 
 @torch.library.custom_op("nca::mlp_fp8", mutates_args=())
 def fused_mlp_fp8(
-    x: Tensor, up: Tensor, down: Tensor, x8: Tensor, up8: Tensor, down8: Tensor, scales: Tensor
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x8: Tensor,
+    up8: Tensor,
+    down8: Tensor,
+    up_scale: Tensor,
+    down_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`fused_mlp` of what `mlp_in_fp8` made of its inputs: both products in FP8, the second's left
     operand cut at 448. The way back, from x, up and down, is the same."""
     post8 = torch.empty(x.size(0), up.size(0), dtype=E4M3, device=x.device)
-    post = relu2_product(x8, up8, None, UP8_TILE, post8, scales)
-    return fp8_mm(post8, down8.t(), scales.new_ones(()), scales[1], x.dtype, True), post
+    post = relu2_product(x8, up8, None, UP8_TILE, post8, up_scale)
+    return fp8_mm(post8, down8.t(), up_scale.new_ones(()), down_scale, x.dtype, True), post
 
 
 @fused_mlp_fp8.register_fake
-def _(x, up, down, x8, up8, down8, scales):
+def _(x, up, down, x8, up8, down8, up_scale, down_scale):
     shape = x.size(0), up.size(0)
     return x.new_empty(x.size(0), down.size(0)), x.new_empty(shape, dtype=torch.bfloat16)
 
@@ -4642,7 +4682,7 @@ def mlp_keep_fp8(ctx, inputs, output) -> None:
 
 
 def mlp_gradients_fp8(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-    return *mlp_gradients(ctx, grad, _), None, None, None, None
+    return *mlp_gradients(ctx, grad, _), *(None,) * 5
 
 
 fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
@@ -4659,11 +4699,11 @@ def probe_mlp_fp8(device: torch.device) -> str:
     x, up, down = (torch.randn(shape, generator=gen, device=device) for shape in shapes)
     x, up = norm(x), up / 128**0.5
     try:
-        x8, up8, down8, scales = eights = mlp_in_fp8(x, up, down)
+        x8, up8, down8, up_scale, down_scale = eights = mlp_in_fp8(x, up, down)
         bf16 = (t.to(torch.bfloat16) for t in (x, up, down))
         got = fused_mlp_fp8(*bf16, *eights)
-        post = F.relu(x8.double() @ up8.double().t() * scales[0]).square()
-        y = post.float().clamp(max=448).to(E4M3).double() @ down8.double().t() * scales[1]
+        post = F.relu(x8.double() @ up8.double().t() * up_scale).square()
+        y = post.float().clamp(max=448).to(E4M3).double() @ down8.double().t() * down_scale
         return verdict(errors_of(got, (y, post)), 0.02)
     except Exception as e:
         return failure(e)
@@ -4705,10 +4745,20 @@ def sigmoid_of(z, shift, width):
 
 
 @jit
+def weighed(exponent, columns, rest):
+    """A power of two's exponent with what `Candidates.rest` has these columns count."""
+    if rest is not None:
+        weight = tl.load(rest + 1) * 1.4426950408889634
+        exponent += tl.where(columns.to(tl.float32) < tl.load(rest), 0.0, weight)
+    return exponent
+
+
+@jit
 def loss_rows(
     z,
     targets,
     copied,
+    rest,
     losses,
     totals,
     shares,
@@ -4720,7 +4770,8 @@ def loss_rows(
     MIXED: tl.constexpr,
 ):
     """A row of z [N, V] a program: totals [N] = log sum exp of its capped logits, losses [N]; MIXED
-    with copied [N]: shares [N], that of the softmax in the target's probability."""
+    with copied [N]: shares [N], that of the softmax in the target's probability. rest: see
+    `Candidates`, or None."""
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     sums = tl.zeros((CHUNK,), tl.float32)
@@ -4728,6 +4779,7 @@ def loss_rows(
         columns = start + tl.arange(0, CHUNK)
         x = tl.load(z + columns, columns < V, float("-inf")).to(tl.float32)
         below = (sigmoid_of(x, shift, width) - 1) * (top * 1.4426950408889634)
+        below = weighed(below, columns, rest)
         sums += tl.where(columns < V, tl.exp2(below), 0.0)
     total = top + tl.log(tl.sum(sums))
     target = tl.load(targets + row)
@@ -4744,7 +4796,7 @@ def loss_rows(
 
 
 @jit
-def grad_of(z, targets, totals, shares, rows, columns, N, V, cap, MIXED: tl.constexpr):
+def grad_of(z, targets, totals, shares, rest, rows, columns, N, V, cap, MIXED: tl.constexpr):
     """scale x the gradient of the loss at these rows [R] and columns [C] of z, fp32. What depends
     on the row alone is multiplied there."""
     top, shift, width, scale = cap
@@ -4752,7 +4804,7 @@ def grad_of(z, targets, totals, shares, rows, columns, N, V, cap, MIXED: tl.cons
     at = rows.to(tl.int64)[:, None] * V + columns[None, :]
     s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
     total = tl.load(totals + rows, rows < N, 0.0) * 1.4426950408889634
-    p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
+    p = tl.exp2(weighed(s * (top * 1.4426950408889634) - total[:, None], columns[None, :], rest))
     target = tl.load(targets + rows, rows < N, -1).to(tl.int32)
     share = tl.where(target >= 0, top / width * scale, 0.0)
     if MIXED:
@@ -4785,6 +4837,7 @@ def grad_tiles(
     targets,
     totals,
     shares,
+    rest,
     grad,
     turned,
     PAIRS,
@@ -4811,8 +4864,8 @@ def grad_tiles(
     columns = place // height * COLUMNS + tl.arange(0, COLUMNS)
     N = 2 * PAIRS
     cap = (top, shift, width, scale)
-    low = grad_of(z, targets, totals, shares, 2 * pairs, columns, N, V, cap, MIXED)
-    high = grad_of(z, targets, totals, shares, 2 * pairs + 1, columns, N, V, cap, MIXED)
+    low = grad_of(z, targets, totals, shares, rest, 2 * pairs, columns, N, V, cap, MIXED)
+    high = grad_of(z, targets, totals, shares, rest, 2 * pairs + 1, columns, N, V, cap, MIXED)
     pair = pair_of(low, high)
     inside = (pairs < PAIRS)[:, None] & (columns < V)[None, :]
     at = pairs.to(tl.int64)[:, None] * (2 * V) + columns[None, :]
@@ -4830,15 +4883,18 @@ def loss_and_grad(
     shift: float,
     width: float,
     copied: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, V], N even -> (losses [N], grad [N, V], grad^T [V, N]), gradients / G8_SCALE in e5m2:
     what `grad_in_fp8` and `transposed` give, in one pass for the sums and one for the gradient.
 
-    targets [N] int64; top, shift, width: `cap_constants`; copied [N] fp32: see `losses_and_grad`.
+    targets [N] int64; top, shift, width: `cap_constants`; copied [N] fp32 and rest: see
+    `losses_and_grad`.
     """
     assert z.is_contiguous() and targets.is_contiguous(), (z.stride(), targets.stride())
     mixed = copied is not None
-    assert not mixed or (copied.is_contiguous() and copied.dtype == torch.float32), copied
+    for t in (copied, rest):
+        assert t is None or (t.is_contiguous() and t.dtype == torch.float32), t
     n, v = z.shape
     assert n % 2 == 0, n
     losses, totals = (z.new_empty(n, dtype=torch.float32) for _ in range(2))
@@ -4848,17 +4904,17 @@ def loss_and_grad(
     cap = (top, shift, width)
     block, warps = ROW_BLOCK
     rows_out = losses, totals, shares
-    loss_rows[(n,)](z, targets, copied, *rows_out, v, *cap, block, mixed, num_warps=warps)
+    loss_rows[(n,)](z, targets, copied, rest, *rows_out, v, *cap, block, mixed, num_warps=warps)
     rows, columns, group, warps, registers = GRAD_TILE
     tiles = triton.cdiv(v, columns) * triton.cdiv(n, rows)
     outs = grad.view(torch.int8), turned.view(torch.int16), n // 2, v, *cap, 1 / G8_SCALE
     how, limits = (rows, columns, group, mixed), {"num_warps": warps, "maxnreg": registers}
-    grad_tiles[(tiles,)](z, targets, totals, shares, *outs, *how, **limits)
+    grad_tiles[(tiles,)](z, targets, totals, shares, rest, *outs, *how, **limits)
     return losses, grad, turned
 
 
 @loss_and_grad.register_fake
-def _(z, targets, top, shift, width, copied=None):
+def _(z, targets, top, shift, width, copied=None, rest=None):
     n, v = z.shape
     grads = z.new_empty((n, v), dtype=E5M2), z.new_empty((v, n), dtype=E5M2)
     return z.new_empty(n, dtype=torch.float32), *grads
@@ -4873,9 +4929,10 @@ def probe_loss(device: torch.device, mixed: bool = False) -> str:
     z = 8 * torch.randn(256, 512, generator=gen, device=device, dtype=torch.bfloat16)
     targets = torch.randint(-1, 512, (256,), generator=gen, device=device)
     copied = 4 * torch.randn(256, generator=gen, device=device) - 6 if mixed else None
+    rest = torch.tensor([400.0, 2.0], device=device)
     try:
-        losses, grad, turned = loss_and_grad(z, targets, *cap_constants(30.0), copied)
-        want, exact = losses_and_grad(z, targets, 30.0, copied)
+        losses, grad, turned = loss_and_grad(z, targets, *cap_constants(30.0), copied, rest)
+        want, exact = losses_and_grad(z, targets, 30.0, copied, rest)
         # torch compares no FP8 numbers, and a transpose has the same bytes.
         if not torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8)):
             return "computes wrongly on this card: the gradient is not its own transpose's"

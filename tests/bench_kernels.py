@@ -161,9 +161,9 @@ def bench_loss(rows: int) -> None:
     row("loss and gradient", *times, z.nbytes * 2e3, "GB/s")
     parts = in_turns(lambda: grad(z, targets, 30.0), lambda: turn(g8))
     print(f"    now: loss and gradient {parts[0]:.3f} ms, transpose {parts[1]:.3f} ms", flush=True)
-    sums = torch.empty(2, rows, device=DEVICE)
+    sums = torch.empty(3, rows, device=DEVICE)
     block, warps = T.ROW_BLOCK
-    args = (z, targets, *sums, VOCAB, *cap, block)
+    args = (z, targets, sums[0], None, *sums, VOCAB, *cap, block, False)
     (first,) = in_turns(lambda: T.loss_rows[(rows,)](*args, num_warps=warps))
     print(f"    kernel: sums {first:.3f} ms, the rest is the gradient's pass", flush=True)
 
@@ -197,11 +197,11 @@ def sweep(tokens: int, rows: int) -> None:
         finally:
             setattr(T, name, before)
 
-    x8, up8, _, scales = T.mlp_in_fp8(T.norm(x), up, down)
+    x8, up8, _, up_scale, _ = T.mlp_in_fp8(T.norm(x), up, down)
     post8 = torch.empty_like(post, dtype=T.E4M3)
 
     def eight(t: tuple) -> None:
-        T.relu2_product(x8, up8, None, T.Tile(*t), post8, scales)
+        T.relu2_product(x8, up8, None, T.Tile(*t), post8, up_scale)
 
     cases = [("up", t, lambda t: T.relu2_product(x, up, None, T.Tile(*t))) for t in UP_TILES]
     cases += [("up, FP8", t, eight) for t in UP8_TILES]

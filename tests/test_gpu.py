@@ -228,10 +228,10 @@ def head_inputs(std: float, rows=PIECE, vocab=VOCAB, width=WIDTH, device=DEVICE)
     return h.to(device), w.to(device), targets.to(device)
 
 
-def fp32_head(h, w, targets, scale, cap=30.0):
+def fp32_head(h, w, targets, scale, cap=30.0, rest=None):
     """(logits, losses, dh, dw) of scale x sum of losses, all in fp32."""
     z = h.float() @ w.t()
-    losses, g = T.losses_and_grad(z, targets, cap)
+    losses, g = T.losses_and_grad(z, targets, cap, rest=rest)
     g *= scale
     return z, losses, g @ w, g.t() @ h.float()
 

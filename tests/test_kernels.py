@@ -19,6 +19,9 @@ T = H.T
 tl = getattr(T, "tl", None)
 CUDA = torch.device("cuda")
 CAPS = (30.0, T.SHIFTED_CAP)
+REST = torch.tensor(
+    [40.0, 1.5]
+)  # of 40 candidates that are targets, and others for 4.5 classes each
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
@@ -128,11 +131,11 @@ def test_interpreted_mlp_in_the_model():
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
-def exact_in_fp8(x8, up8, down8, scales) -> tuple[Tensor, Tensor]:
+def exact_in_fp8(x8, up8, down8, up_scale, down_scale) -> tuple[Tensor, Tensor]:
     """(output, post) of the FP8 MLP in fp64, on the same FP8 numbers."""
-    post = torch.relu(x8.double() @ up8.double().t() * scales[0]).square()
+    post = torch.relu(x8.double() @ up8.double().t() * up_scale).square()
     post8 = post.float().clamp(max=448).to(T.E4M3).double()
-    return post8 @ (down8.double() * scales[1]).t(), post
+    return post8 @ (down8.double() * down_scale).t(), post
 
 
 @interpreted
@@ -143,13 +146,13 @@ def test_interpreted_mlp_in_fp8():
         inputs[0].copy_(T.norm(inputs[0]))
         inputs[1] *= 3  # post beyond 448, the largest e4m3
         inputs[1][0] *= 40
-    x8, up8, down8, scales = eights = T.mlp_in_fp8(*inputs)
+    x8, up8, down8, up_scale, down_scale = eights = T.mlp_in_fp8(*inputs)
     assert {t.dtype for t in (x8, up8, down8)} == {T.E4M3}
-    for t, scale, of in zip((up8, down8), (scales[0] * 448 / 80**0.5, scales[1]), inputs[1:]):
+    for t, scale, of in zip((up8, down8), (up_scale * 448 / 80**0.5, down_scale), inputs[1:]):
         assert error(t.double() * scale, of.detach()) < 0.04 and t.float().abs().max() == 448
     y, post = T.fused_mlp_fp8(*inputs, *eights)
     post = post.detach()
-    want, exact = exact_in_fp8(x8, up8, down8, scales)
+    want, exact = exact_in_fp8(*eights)
     assert error(post, exact) < 5e-3 and post.max() > 448
     assert error(y.detach(), want) < 0.06  # the interpreter's cast to FP8 cuts bits off
     got = torch.autograd.grad(y, inputs, grad)
@@ -165,8 +168,8 @@ def test_interpreted_ops_are_registered(cast_by_bits):
     inputs, grad = mlp_case(24, 40, 16)
     opcheck(T.fused_mlp, inputs)
     opcheck(T.mlp_back, (grad, inputs[2].detach(), rand(24, 40).square()))
-    for copied in (None, copied_case(6)):
-        opcheck(T.loss_and_grad, (*loss_case(6, 48), *T.cap_constants(30.0), copied))
+    for extra in ((None, None), (copied_case(6), None), (None, REST), (copied_case(6), REST)):
+        opcheck(T.loss_and_grad, (*loss_case(6, 48), *T.cap_constants(30.0), *extra))
 
 
 @T.jit
@@ -190,16 +193,17 @@ def cast_by_bits(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rest", [None, REST])
 @pytest.mark.parametrize(
     "cap, rows, vocab", [*((cap, 6, 48) for cap in CAPS), (CAPS[1], 134, 2096)]
 )
-def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, mixed):
+def test_interpreted_loss_and_gradient(cast_by_bits, cap, rows, vocab, rest, mixed):
     """Both caps; rows and columns that fill no tile, masked targets, the first and last column;
-    with a copy beside the softmax and without."""
+    with a copy beside the softmax and without, classes that stand for others and none."""
     z, targets = loss_case(rows, vocab)
-    copied = copied_case(rows) if mixed else None
-    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied)
-    want, exact = T.losses_and_grad(z, targets, cap, copied)
+    extra = copied_case(rows) if mixed else None, rest
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), *extra)
+    want, exact = T.losses_and_grad(z, targets, cap, *extra)
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     rounded = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
@@ -214,7 +218,7 @@ def test_interpreted_loss_by_other_tiles(cast_by_bits, monkeypatch, tile):
     """Whole groups of tiles, one that is cut short, and none."""
     monkeypatch.setattr(T, "GRAD_TILE", tile)
     monkeypatch.setattr(T, "ROW_BLOCK", (64, 4))
-    test_interpreted_loss_and_gradient(None, 30.0, 134, 144, True)
+    test_interpreted_loss_and_gradient(None, 30.0, 134, 144, REST, True)
 
 
 def plain_fp8_mm(a, b, scale_a, scale_b, out_dtype, fast):
@@ -360,14 +364,14 @@ def test_without_triton(monkeypatch):
 # ---- the probes ---------------------------------------------------------------------------------
 
 
-def plain_loss(z, targets, top, shift, width, copied=None):
-    losses, grad = T.grad_in_fp8(z, targets, (top, shift, width), copied)
+def plain_loss(z, targets, top, shift, width, copied=None, rest=None):
+    losses, grad = T.grad_in_fp8(z, targets, (top, shift, width), copied, rest)
     return losses, grad, T.transposed(grad)
 
 
 def plain_product(a, b, post, tile, out8=None, scale=None):
     if out8 is not None:
-        out = torch.relu(a.float() @ b.float().t() * scale[0]).square()
+        out = torch.relu(a.float() @ b.float().t() * scale).square()
         out8.copy_(out.clamp(max=448).to(T.E4M3))
         return out.bfloat16()
     if post is None:
@@ -618,15 +622,17 @@ def test_gpu_mlp_compiled(fp8):
 @here
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("rows, vocab", [(16_384, 50_304), (1026, 50_304), (130, 272)])
+@pytest.mark.parametrize("rest", [None, REST])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gpu_loss_and_gradient(cap, rows, vocab, mixed):
+def test_gpu_loss_and_gradient(cap, rows, vocab, mixed, rest):
     z, targets = loss_case(rows, vocab, device=CUDA)
     copied = copied_case(rows, CUDA) if mixed else None
-    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied)
+    rest = None if rest is None else rest.to(CUDA)
+    losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied, rest)
     assert torch.equal(grad.view(torch.uint8).t(), turned.view(torch.uint8))
     some = slice(None, 1026)
     copied = copied[some] if mixed else None
-    want, exact = T.losses_and_grad(z[some], targets[some], cap, copied)
+    want, exact = T.losses_and_grad(z[some], targets[some], cap, copied, rest)
     torch.testing.assert_close(losses[some], want, rtol=1e-4, atol=1e-4)
     plain = T.to_fp8(exact, T.G8_SCALE, T.E5M2).float()
     assert (grad[some].float() != plain).float().mean() < 1e-3, "beyond what rounding decides"

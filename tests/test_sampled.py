@@ -46,22 +46,26 @@ def test_candidates_against_plain_python(classes, size, targets, turn):
     targets = [t if t < 0 else t % classes for t in targets]
     size = max(1, round(size * classes))
     given = torch.tensor(targets, dtype=torch.int64)
-    ids, places = T.candidate_set(given, classes, size, turn)
+    (ids, rest), places = T.candidate_set(given, classes, size, turn)
     assert (ids.tolist(), places.tolist()) == by_hand(targets, classes, size, turn)
     assert len(set(ids.tolist())) == size and set(ids.tolist()) <= set(range(classes))
     assert torch.equal(ids[places[places >= 0]], given[places >= 0])
     distinct = {t for t in targets if t >= 0}
     if len(distinct) <= size:
         assert distinct <= set(ids.tolist()) and torch.equal(places < 0, given < 0)
+        assert rest[0] == len(distinct)
+        total = len(distinct) + (size - len(distinct)) * float(rest[1].exp())
+        assert total == pytest.approx(classes if size > len(distinct) else size)
     else:
         assert set(ids.tolist()) < distinct, "no negatives where targets have no room"
+        assert rest[0] == size
 
 
 @pytest.mark.parametrize("classes, size", [(272, 128), (256, 128), (393, 128)])
 def test_over_all_turns_every_class_comes_up_equally_often(classes, size):
     """As a negative, where no target is in its way; and never twice in a turn."""
     none = torch.full((4,), -1)
-    turns = [T.candidate_set(none, classes, size, turn)[0] for turn in range(classes)]
+    turns = [T.candidate_set(none, classes, size, turn)[0].ids for turn in range(classes)]
     assert torch.cat(turns).bincount(minlength=classes).tolist() == [size] * classes
 
 
@@ -76,8 +80,10 @@ def test_negatives_move_on_and_lie_evenly():
     wanted[targets] = True
     count, before = torch.zeros(classes), None
     for turn in range(1000, 1010):
-        ids, places = T.candidate_set(targets, classes, size, turn)
+        (ids, rest), places = T.candidate_set(targets, classes, size, turn)
         assert (places >= 0).all()
+        others = classes - wanted.sum(), size - wanted.sum()
+        torch.testing.assert_close(rest[1], (others[0] / others[1]).log())
         negatives = ids[~wanted[ids]]
         assert len(negatives) == size - int(wanted.sum()) > 5000
         count[negatives] += 1
@@ -120,12 +126,17 @@ def case(dtype=torch.float32, kinds: int = 60):
 
 
 def by_autograd(weight, h, targets, scale, cap, turn, piece):
-    """fp64, piece by piece: a softmax over `by_hand`'s classes of the same head."""
+    """fp64, piece by piece: a softmax over `by_hand`'s classes of the same head, in whose sum each
+    class that is no target counts for as many as share its place."""
     w, x = (t.detach().double().requires_grad_() for t in (weight, h))
     losses = []
     for i, (part, t) in enumerate(zip(x.split(piece), targets.split(piece))):
         ids, places = by_hand(t.tolist(), V, P, turn + i)
         logits = T.softcap((part @ w[ids].t()), cap).double()
+        known = len({c for c in t.tolist() if c >= 0})
+        logits = logits + torch.tensor(
+            [0.0] * known + [math.log((V - known) / (P - known))] * (P - known)
+        )
         places = torch.tensor(places)
         nats = torch.nn.functional.cross_entropy(logits, places.clamp(min=0), reduction="none")
         losses.append(nats * (places >= 0))
@@ -149,7 +160,18 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, cap, piece, before):
     got = made.weight.grad.double() - (before or 0)
     torch.testing.assert_close(got, want_dw, rtol=1e-4, atol=2e-6)
     assert (losses[::7] == 0).all() and (dh[::7] == 0).all() and made.left_out == 0
-    assert (losses <= head(cap=cap).backward(h, targets, torch.tensor(3.0))[0] + 1e-6).all()
+
+
+def test_over_all_turns_the_sum_is_the_whole_softmax_s():
+    """What the weights are for: the mean of exp(loss), a row's partition function over the target's
+    share, is over all turns the one over all classes, but for 0.2 %, as places that targets take
+    make other classes come up a little unevenly."""
+    made, (h, targets) = head(), case()
+    scale = torch.tensor(1.0)
+    whole, _ = made.backward(h, targets, scale)
+    some = torch.stack([made.backward(h, targets, scale, P, turn * N)[0] for turn in range(V)])
+    kept = targets >= 0
+    torch.testing.assert_close(some.exp().mean(0)[kept], whole.exp()[kept], rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=on_cpu)])
@@ -267,7 +289,7 @@ def test_what_a_log_says(whole):
     lines = [x for x in (whole / "run.log").read_text().splitlines() if x.startswith("step:")]
     said = [x for x in lines if " candidates:" in x]
     assert len(said) == 10 and " candidates:128 train_s:" in said[0]
-    assert steps[0]["loss"] == pytest.approx(math.log(128), abs=1e-5)  # a head of zeros
+    assert steps[0]["loss"] == pytest.approx(math.log(272), abs=1e-5)  # a head of zeros
     assert steps[-1]["loss"] > 1 and not H.read_log(whole, "event")
     assert H.chain_breaks(whole) == []
 
