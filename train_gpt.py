@@ -4745,12 +4745,10 @@ def sigmoid_of(z, shift, width):
 
 
 @jit
-def weighed(exponent, columns, rest):
-    """A power of two's exponent with what `Candidates.rest` has these columns count."""
-    if rest is not None:
-        weight = tl.load(rest + 1) * 1.4426950408889634
-        exponent += tl.where(columns.to(tl.float32) < tl.load(rest), 0.0, weight)
-    return exponent
+def counts_of(columns, rest):
+    """For how many classes each column stands, by `Candidates.rest`."""
+    other = columns.to(tl.float32) >= tl.load(rest)
+    return tl.where(other, tl.exp(tl.load(rest + 1)), 1.0)
 
 
 @jit
@@ -4779,8 +4777,10 @@ def loss_rows(
         columns = start + tl.arange(0, CHUNK)
         x = tl.load(z + columns, columns < V, float("-inf")).to(tl.float32)
         below = (sigmoid_of(x, shift, width) - 1) * (top * 1.4426950408889634)
-        below = weighed(below, columns, rest)
-        sums += tl.where(columns < V, tl.exp2(below), 0.0)
+        e = tl.exp2(below)
+        if rest is not None:
+            e *= counts_of(columns, rest)
+        sums += tl.where(columns < V, e, 0.0)
     total = top + tl.log(tl.sum(sums))
     target = tl.load(targets + row)
     hit = top * sigmoid_of(tl.load(z + tl.maximum(target, 0)).to(tl.float32), shift, width)
@@ -4804,13 +4804,16 @@ def grad_of(z, targets, totals, shares, rest, rows, columns, N, V, cap, MIXED: t
     at = rows.to(tl.int64)[:, None] * V + columns[None, :]
     s = sigmoid_of(tl.load(z + at, inside, 0.0).to(tl.float32), shift, width)
     total = tl.load(totals + rows, rows < N, 0.0) * 1.4426950408889634
-    p = tl.exp2(weighed(s * (top * 1.4426950408889634) - total[:, None], columns[None, :], rest))
+    p = tl.exp2(s * (top * 1.4426950408889634) - total[:, None])
     target = tl.load(targets + rows, rows < N, -1).to(tl.int32)
     share = tl.where(target >= 0, top / width * scale, 0.0)
     if MIXED:
         share *= tl.load(shares + rows, rows < N, 0.0)
     hits = tl.where(columns[None, :] == target[:, None], share[:, None], 0.0)
-    return (p * share[:, None] - hits) * (s * (1 - s))
+    grad = (p * share[:, None] - hits) * (s * (1 - s))
+    if rest is not None:  # no hit's column stands for others
+        grad *= counts_of(columns, rest)[None, :]
+    return grad
 
 
 @jit
