@@ -276,6 +276,9 @@ class RunConfig:
         "flex",
         "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
     )
+    cuda_graphs: bool = knob(
+        False, "a training call's kernels launched as one CUDA graph (record 92); keeps its memory"
+    )
     deterministic: bool = knob(False, "same bits in every run on one GPU, 5 % slower on an H100")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
     final_val: bool = knob(True, "evaluate val once, at the end")
@@ -368,7 +371,8 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-ARM_ALSO = ("fp8", "attention", "mlp_kernel", "mlp_fp8", "loss_kernel")  # beside those
+# Beside those.
+ARM_ALSO = ("fp8", "attention", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs")
 
 
 def parse_arm(spec: str) -> tuple[str, dict]:
@@ -512,6 +516,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
             name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
         )
         need(not m.selective, "--attention fa4 has no --selective: use flex")
+        need(
+            not r.cuda_graphs,
+            "--attention fa4 asks the host how many documents a call has: without --cuda-graphs",
+        )
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
         need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
         need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
@@ -930,7 +938,9 @@ class Candidates(NamedTuple):
     rest: Tensor
 
 
-def candidate_set(targets: Tensor, classes: int, size: int, turn: int) -> tuple[Candidates, Tensor]:
+def candidate_set(
+    targets: Tensor, classes: int, size: int, turn: int | Tensor
+) -> tuple[Candidates, Tensor]:
     """What a softmax over `size` of `classes` ids is over (record 92); the host waits for nothing.
 
     targets [N] int64 -> (candidates, the targets' places among them [N]). First come the ids that
@@ -1068,13 +1078,14 @@ class Head:
         targets: Tensor,
         scale: Tensor,
         candidates: int = 0,
-        position: int = 0,
+        position: int | Tensor = 0,
         copied: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """h [N, d], targets [N] -> (losses [N], d (scale x sum) / dh); adds to weight.grad.
 
-        candidates: how many classes the softmax of a piece is over; 0: all. position: the tokens
-        that the run trained before h, which decides whose turn it is: so a piece's candidates are
+        candidates: how many classes the softmax of a piece is over; 0: all. position (int64 on the
+        device, or a number): the tokens that the run trained before h, which decides whose turn it
+        is: so a piece's candidates are
         the same on any number of ranks and after --resume, if calls are of whole pieces or of one
         size. Targets without a place are counted in `left_out`. copied [N] fp32: see
         `losses_and_grad`.
@@ -3407,6 +3418,78 @@ class Clock:
 KERNELS = ("fp8", "fa4", "mlp_kernel", "mlp_fp8", "loss_kernel")
 
 
+def record(work: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
+    """What does again what `work` now asks of the GPU, in the same memory: a CUDA graph's replay.
+    Graphs of one pool use each other's memory, but for what outlives their recording."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+class CallGraph:
+    """Forward and backward of training calls of one shape as one CUDA graph (record 92), which the
+    GPU runs without a pause between kernels.
+
+    Inputs are copied to where the graph reads them, `part` among them; losses and gradients lie
+    where it left them until the next call of any shape. The first call runs the kernels one by one,
+    which compiles them, the second records. The memory of a call's activations stays taken.
+    """
+
+    def __init__(
+        self, trainer: Trainer, part: Batch, window: Tensor, scale: Tensor, candidates: int
+    ):
+        self.trainer, self.candidates, device = trainer, candidates, scale.device
+        self.part = Batch(*(torch.empty_like(t, device=device) for t in vars(part).values()))
+        self.window, self.scale = torch.empty_like(window), torch.empty_like(scale)
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.params = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.replay: Callable[[], None] | None = None
+        self.ran = False
+
+    def __call__(
+        self, part: Batch, window: Tensor, scale: Tensor, position: int, *, alone: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(losses [N], gradients of what an n-gram table gave); adds to .grad. alone: no other call
+        in this step, so that a gradient may stay where it is until the update."""
+        mine = (*vars(self.part).values(), self.window, self.scale)
+        given = (*vars(part).values(), window, scale)
+        for here, t in zip(mine, given, strict=True):
+            here.copy_(t, non_blocking=True)
+        self.position.fill_(position)
+        if self.ran and self.replay is None:
+            self.replay = record(self.work, self.trainer.pool)
+        if self.replay is None:
+            self.work()
+        else:
+            self.replay()
+        self.ran = True
+        held = [(p.grad, g) for p, g in self.grads if p.grad is not None]
+        if held:
+            torch._foreach_add_(*zip(*held, strict=True))
+        for p, g in self.grads:
+            if p.grad is None:
+                p.grad = g if alone else g.clone()
+        return self.losses, [g.clone() for g in self.found]  # which may wait for a later step
+
+    def work(self) -> None:
+        """Leaves `losses`, `grads` of the parameters that have one, and those of the table's rows;
+        .grad as it was."""
+        trainer, weight, part = self.trainer, self.trainer.head.weight, self.part
+        before, weight.grad = weight.grad, None
+        trainer.head.prepare()
+        pairs = trainer.looked_up(part)
+        h = trainer.forward(part.tokens, part.docs, self.window, *pairs)
+        back = trainer.backward(h, part, self.scale, self.candidates, self.position)
+        self.losses, (roots, grads) = back
+        inputs = [*self.params, *pairs]
+        grads = torch.autograd.grad(roots, inputs, grads, allow_unused=True)
+        both = dict(zip(self.params, grads[: len(self.params)], strict=True))
+        both[weight], weight.grad = weight.grad, before
+        self.grads = [(p, g) for p, g in both.items() if g is not None]
+        self.found = grads[len(self.params) :]
+
+
 class Trainer:
     """A model, its optimizer, its data and its compiled graphs.
 
@@ -3430,6 +3513,7 @@ class Trainer:
             be_deterministic()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
+        self.calls: dict[tuple, CallGraph] = {}
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
@@ -3509,6 +3593,8 @@ class Trainer:
             if self.uses("ngram"):
                 self.optimizer.rows.update_rows = fused_row_update
         self.fp8, self.fa4, mlp, mlp8, loss = (self.uses(name) for name in KERNELS)
+        self.graphed = cfg.run.cuda_graphs and world.cuda
+        self.pool = torch.cuda.graph_pool_handle() if self.graphed else (0, 0)
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused, module.fp8 = mlp, mlp8
@@ -3604,6 +3690,7 @@ class Trainer:
         tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context. An
         n-gram table does not: it is gone."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
+        self.calls.clear()
         self.optimizer.drop_samples()  # of a run that did not come to its end
         if self.optimizer.rows is not None:
             self.optimizer.rows.clear()
@@ -3631,7 +3718,8 @@ class Trainer:
             tokens = rows * row * self.world.size
             changes = {"tokens": tokens, "adam": True, "sample": False, "candidates": some}
             step = dataclasses.replace(self.steps[0], **changes)
-            self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
+            for _ in range(2 if self.graphed else 1):  # compiles, then records
+                self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
         self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
         self.world.synchronize()
@@ -3670,45 +3758,64 @@ class Trainer:
         if mask is not None:
             batch.targets = batch.targets.masked_fill(~mask(batch), -1)
             counted = self.world.sum((batch.targets >= 0).sum().to(device)).float().clamp(min=1)
-        self.head.prepare()
+        if not self.graphed:
+            self.head.prepare()
         scale = LOSS_SCALE / counted
         total = torch.zeros((), device=device)
         both = self.windows(step.window)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         at = step.start + self.world.rank * batch.tokens.numel()
-        for part in batch.split(rows):
+        parts = batch.split(rows)
+        for part in parts:
             window = self.window_of(both, part.docs)
-            part = part.to(device)
-            pairs = self.looked_up(part)
-            for e in pairs:
-                e.requires_grad_()
-            h = self.forward(part.tokens, part.docs, window, *pairs)
-            losses = self.backward(h, part, scale, step.candidates, at)
+            if self.graphed:
+                call = self.call_graph(part, window, scale, step.candidates)
+                losses, found = call(part, window, scale, at, alone=len(parts) == 1)
+                part = call.part
+            else:
+                part = part.to(device)
+                pairs = self.looked_up(part)
+                h = self.forward(part.tokens, part.docs, window, *pairs)
+                losses, roots = self.backward(h, part, scale, step.candidates, at)
+                torch.autograd.backward(*roots)
+                found = [e.grad for e in pairs]
             at += len(losses)
-            for e in pairs:
-                self.optimizer.rows.hold(part.tokens, part.docs, e.grad)
+            for grad in found:
+                self.optimizer.rows.hold(part.tokens, part.docs, grad)
             total += losses.sum() / counted
         return total
 
+    def call_graph(self, part: Batch, window: Tensor, scale: Tensor, candidates: int) -> CallGraph:
+        """That of calls of this shape."""
+        shape = (*part.tokens.shape, candidates)
+        if shape not in self.calls:
+            self.calls[shape] = CallGraph(self, part, window, scale, candidates)
+        return self.calls[shape]
+
     def backward(
-        self, h: Tensor, part: Batch, scale: Tensor, candidates: int = 0, position: int = 0
-    ) -> Tensor:
-        """Adds the gradients of scale x the sum of the losses [N], which it returns, to .grad.
-        h [B, T, d]: the model's; candidates, position: see `Head.backward`."""
+        self,
+        h: Tensor,
+        part: Batch,
+        scale: Tensor,
+        candidates: int = 0,
+        position: int | Tensor = 0,
+    ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Begins the way back of scale x the sum of the losses [N], which it returns with what is
+        left of it, (tensors, their gradients): the head's is in its .grad. h [B, T, d]: what the
+        model returned; candidates, position: see `Head.backward`."""
         flat, targets = h.detach().flatten(0, 1), part.targets.flatten()
         if self.pointer is None:
             losses, grad = self.head.backward(flat, targets, scale, candidates, position)
-            h.backward(grad.view_as(h))
-            return losses
+            return losses, ([h], [grad.view_as(h)])
         copied, kept = self.pointer(h, part.tokens, part.docs, part.targets)
         apart = copied.detach().flatten()
         losses, grad = self.head.backward(flat, targets, scale, candidates, position, apart)
         counts = losses != 0 if candidates else targets >= 0  # or it is no candidate
         share = torch.where(counts, torch.exp(apart + losses), 0.0)  # of p that is copied
         grads = (grad, -scale * share, torch.where(counts, -scale, 0.0))
-        roots = (h, copied, kept)
-        torch.autograd.backward(roots, [g.view_as(t) for g, t in zip(grads, roots, strict=True)])
-        return losses - torch.where(counts, kept.detach().flatten(), 0.0)
+        roots = [h, copied, kept]
+        back = roots, [g.view_as(t) for g, t in zip(grads, roots, strict=True)]
+        return losses - torch.where(counts, kept.detach().flatten(), 0.0), back
 
     @torch.no_grad()
     def losses(self, h: Tensor, batch: Batch) -> Tensor:
@@ -3721,7 +3828,9 @@ class Trainer:
 
     def looked_up(self, part: Batch) -> tuple[Tensor, ...]:
         """What the forward gets of an n-gram table, whose gradient is the rows': () without one."""
-        return () if self.ngram is None else (self.lookup(part.tokens, part.docs),)
+        if self.ngram is None:
+            return ()
+        return (self.lookup(part.tokens, part.docs).requires_grad_(),)
 
     def blame(self, step: Step, batch: Batch) -> str:
         """Which rank and which tensor made `step` non-finite: computed once more, from the same

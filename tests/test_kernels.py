@@ -54,9 +54,9 @@ def with_gradients(call, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
-def loss_case(rows: int, vocab: int, device="cpu", known: int | None = None):
+def loss_case(rows: int, vocab: int, dtype=torch.bfloat16, device="cpu", known: int | None = None):
     """(logits, targets with some masked, below `known` where that is given)."""
-    z = rand(rows, vocab, seed=5, std=8.0, dtype=torch.bfloat16, device=device)
+    z = rand(rows, vocab, seed=5, std=8.0, dtype=dtype, device=device)
     gen = torch.Generator().manual_seed(6)
     targets = torch.randint(known or vocab, (rows,), generator=gen)
     targets[torch.rand(rows, generator=gen) < 0.1] = -1
@@ -625,7 +625,7 @@ def test_gpu_mlp_compiled(fp8):
 @pytest.mark.parametrize("rest", [None, REST])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_gpu_loss_and_gradient(cap, rows, vocab, mixed, rest):
-    z, targets = loss_case(rows, vocab, CUDA, None if rest is None else 40)
+    z, targets = loss_case(rows, vocab, device=CUDA, known=None if rest is None else 40)
     copied = copied_case(rows, CUDA) if mixed else None
     rest = None if rest is None else rest.to(CUDA)
     losses, grad, turned = T.loss_and_grad(z, targets, *T.cap_constants(cap), copied, rest)
