@@ -393,10 +393,14 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
         raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
     cfg = Config(preset=preset).with_(**{**PRESETS[preset], **changes})
     name, keys = parse_arm(cfg.model.arm)
-    if name == "diff_v2" and keys.get("form", cfg.model.form) == "light+" and not cfg.model.mlp:
-        # The attention parameters that `light` saves, 1.5 d^2, go into the MLP of the same layers.
-        keys.setdefault("mlp", (4 * cfg.model.d_model) + 3 * cfg.model.d_model // 4)
-    return cfg.with_(**keys)
+    cfg = cfg.with_(**keys)
+    m = cfg.model
+    if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
+        # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
+        # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.
+        qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
+        cfg = cfg.with_(mlp=4 * m.d_model + (m.d_model + qk) // 2)
+    return cfg
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.

@@ -183,7 +183,7 @@ def test_block_lists(docs):
 # Not window2: on the CPU, Inductor (2.13) takes the tensors that a mask captures only as they come
 # into the graph, not computed there as `contexts` does. Windows by head stand above, window2 is in
 # test_gpu.py.
-ARMS = ("softmax", "diff_v1", "diff_v2")
+ARMS = ("softmax", "diff_v1", "diff_v2", "softmax,qk_dim=16,xsa=true")
 
 
 def small_gpt(arm: str) -> T.GPT:
