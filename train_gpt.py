@@ -111,7 +111,7 @@ class ModelConfig:
     n_head: int = knob(6, "heads of the softmax arm; the other arms derive theirs")
     head_dim: int = knob(128, "dimension of a head")
     qk_dim: int = knob(
-        0, "that of its query and key, if not head_dim: a divisor of it (record 92: 64 of 128)"
+        0, "width of its queries and keys, a divisor of head_dim (record 92: 64; 0: head_dim)"
     )
     vocab: int = knob(0, "tokens in the vocabulary (0: as the data says)")
     no_attention: tuple[int, ...] = knob((7,), "blocks without attention (record 17)")
@@ -119,7 +119,7 @@ class ModelConfig:
     qk_norm: bool = knob(True, "RMS norm of q and k over the head, before RoPE (record 5)")
     rope: bool = knob(True, "rotary positions")
     half_rope: bool = knob(True, "rotate half of each head, base 1024 (record 17)")
-    score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / their width, or its -1/2 power bare)")
+    score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / qk_dim, or its -1/2 power bare)")
     softcap: float = knob(30.0, "logits = c sigmoid(4 z / c) (record 18; 0: off)")
     shifted_cap: bool = knob(False, "logits = 23 sigmoid((z + 5) / 7.5) instead (record 54)")
     tie: bool = knob(
