@@ -110,13 +110,16 @@ class ModelConfig:
     d_model: int = knob(768, "width of the residual stream")
     n_head: int = knob(6, "heads of the softmax arm; the other arms derive theirs")
     head_dim: int = knob(128, "dimension of a head")
+    qk_dim: int = knob(
+        0, "width of its queries and keys, a divisor of head_dim (record 92: 64; 0: head_dim)"
+    )
     vocab: int = knob(0, "tokens in the vocabulary (0: as the data says)")
     no_attention: tuple[int, ...] = knob((7,), "blocks without attention (record 17)")
     long_layers: tuple[int, ...] = knob((0, 4, 11), "blocks with the long window, half elsewhere")
     qk_norm: bool = knob(True, "RMS norm of q and k over the head, before RoPE (record 5)")
     rope: bool = knob(True, "rotary positions")
     half_rope: bool = knob(True, "rotate half of each head, base 1024 (record 17)")
-    score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / head_dim, or its -1/2 power bare)")
+    score_scale: float = knob(0.0, "factor on q.k (0: 15.36 / qk_dim, or its -1/2 power bare)")
     softcap: float = knob(30.0, "logits = c sigmoid(4 z / c) (record 18; 0: off)")
     shifted_cap: bool = knob(False, "logits = 23 sigmoid((z + 5) / 7.5) instead (record 54)")
     tie: bool = knob(
@@ -394,10 +397,14 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
         raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
     cfg = Config(preset=preset).with_(**{**PRESETS[preset], **changes})
     name, keys = parse_arm(cfg.model.arm)
-    if name == "diff_v2" and keys.get("form", cfg.model.form) == "light+" and not cfg.model.mlp:
-        # The attention parameters that `light` saves, 1.5 d^2, go into the MLP of the same layers.
-        keys.setdefault("mlp", (4 * cfg.model.d_model) + 3 * cfg.model.d_model // 4)
-    return cfg.with_(**keys)
+    cfg = cfg.with_(**keys)
+    m = cfg.model
+    if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
+        # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
+        # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.
+        qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
+        cfg = cfg.with_(mlp=4 * m.d_model + (m.d_model + qk) // 2)
+    return cfg
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
@@ -445,6 +452,11 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
+    fits = m.qk_dim >= 16 and m.qk_dim % 8 == 0 and m.head_dim % m.qk_dim == 0
+    need(
+        not m.qk_dim or fits,
+        f"--qk_dim {m.qk_dim}: a divisor of --head_dim {m.head_dim}, 16 or more, by 8",
+    )
     if m.half_rope and m.rope:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
     check_blocks(m, need)
@@ -480,6 +492,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(
             (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
             f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
+        )
+        need(
+            not m.qk_dim,
+            f"--qk_dim {m.qk_dim}: diff_v1's queries and keys have a width of their own",
         )
     need(not (m.xsa and name == "diff_v1"), "--xsa: diff_v1 normalises its heads, no own value")
     need(m.softcap <= 80, f"--softcap {m.softcap}: 80 or less, or exp(-softcap) is 0 in fp32")
@@ -521,6 +537,10 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
             "--attention fa4 asks the host how many documents a call has: without --cuda-graphs",
         )
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
+        need(
+            m.qk_dim in (0, m.head_dim),
+            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim}: use flex",
+        )
         need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
         need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
     plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
@@ -1300,6 +1320,15 @@ class SelectionGrad(torch.autograd.Function):
         return dy, torch.cat(chunks, dim=2), *(None,) * 7
 
 
+def forward_tile(q: Tensor, v: Tensor) -> dict:
+    """Options for FlexAttention, which looks up its tile by the width of q alone: beside values of
+    128, that for a q of 64 (128 x 128 in 4 warps) spills 680 bytes a thread on an H100. So it is
+    told the one that it has for heads of 128; on the way back both have the same."""
+    if q.size(-1) < v.size(-1) == 128 and q.dtype.itemsize == 2:
+        return {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8}
+    return {}
+
+
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, ctx: Context, taken: Tensor, chunked: bool
 ) -> Tensor:
@@ -1318,7 +1347,7 @@ def attend_selected(
 
     # F is loaded block by block, too: in the usual three stages the way back (heads of 128) takes
     # 264 kB of shared memory and the way forth (heads of 64) 247, of which an H100 has 232.
-    options = {"num_stages": 2}
+    options = {"num_stages": 2, **forward_tile(q, v)}
     flex = functools.partial(
         flex_attention, score_mod=less, block_mask=ctx.mask, kernel_options=options
     )
@@ -1347,7 +1376,8 @@ def attend(
     if taken is not None:
         y = attend_selected(q, k, v, ctx, taken, chunked)
     elif isinstance(ctx.mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=ctx.mask, scale=scale, enable_gqa=gqa)
+        how = {"scale": scale, "enable_gqa": gqa, "kernel_options": forward_tile(q, v)}
+        y = flex_attention(q, k, v, block_mask=ctx.mask, **how)
     else:
         y = F.scaled_dot_product_attention(q, k, v, ctx.mask, scale=scale, enable_gqa=gqa)
     return y.transpose(1, 2)
@@ -1464,6 +1494,7 @@ class Arm(nn.Module):
     """The attention of one layer, up to the output projection. Subclass this for your own.
 
     heads: heads of y. n_out = heads x Dv: width of y. kv_width: width of the value embedding.
+    dim: width of a head of q and k, cfg.qk_dim or head_dim, which divides Dv.
     head_windows: a cap on the window for each query head, tokens, or None.
     forward(x [B, T, d], ve [B, T, kv_width] or None, ctx) -> (y [B, T, n_out],
     v [B, T, Hkv, Dv] with ve mixed in, or None where XSA makes no sense).
@@ -1485,16 +1516,23 @@ class Arm(nn.Module):
         super().__init__()
         self.cfg, self.layer = cfg, layer
         self.heads, self.heads_q, self.heads_kv = pairs, heads_q, heads_kv
+        self.dim = cfg.qk_dim or cfg.head_dim
         self.own_selector = selective and cfg.selector == "own"
         self.selectors = 0  # each for a group of heads
         if selective:
             self.selectors = 1 if self.own_selector else int(cfg.selector)
         if self.own_selector:
-            shape = (cfg.head_dim, cfg.d_model)
+            shape = (self.dim, cfg.d_model)
             self.select_q, self.select_k = (Linear(*shape, bias=cfg.bias) for _ in range(2))
         self.ve_mix = None
         if has_values(cfg, layer):
             self.ve_mix = parameter((2,), ("constant", 0.5), "scalar")  # record 15
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, d] -> q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, heads, Dv], by the layers q, k
+        and v: of heads as wide as q's, of which v then has several in one."""
+        q, k, v = project(x, [self.q, self.k, self.v], self.dim)
+        return q, k, v.unflatten(-2, (-1, self.n_out // (self.heads * self.dim))).flatten(-2)
 
     def mix(self, v: Tensor, ve: Tensor | None) -> Tensor:
         """v [B, T, H, Dv] and its value embedding, weighed by two learned scalars."""
@@ -1516,7 +1554,7 @@ class Arm(nn.Module):
         if not self.selectors:
             return attend(q, k, v, ctx)
         if self.own_selector:
-            own = project(x, [self.select_q, self.select_k], self.cfg.head_dim)
+            own = project(x, [self.select_q, self.select_k], self.dim)
             chosen = self.position(*own, ctx)
         else:  # scores of the first head of each group: the kernel computes them once more
             chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
@@ -1525,27 +1563,29 @@ class Arm(nn.Module):
 
     def selector_flops(self, mean_keys: float) -> float:
         """A token's FLOPs, forward, of scores that no head uses otherwise."""
-        return 2 * mean_keys * self.cfg.head_dim * self.own_selector
+        return 2 * mean_keys * self.dim * self.own_selector
 
 
 class Softmax(Arm):
-    """The baseline: n_head heads of head_dim."""
+    """The baseline: n_head heads of head_dim, with queries and keys of qk_dim."""
 
     def __init__(self, cfg: ModelConfig, layer: int, selective: bool = False):
         h, d, dim = cfg.n_head, cfg.d_model, cfg.head_dim
         super().__init__(cfg, layer, pairs=h, heads_q=h, heads_kv=h, selective=selective)
         self.n_out = self.kv_width = h * dim
-        self.q, self.k, self.v = (Linear(h * dim, d, bias=cfg.bias) for _ in range(3))
+        self.q, self.k = (Linear(h * self.dim, d, bias=cfg.bias) for _ in range(2))
+        self.v = Linear(h * dim, d, bias=cfg.bias)
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
+        q, k, v = self.project(x)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
         return self.attend(x, q, k, v, ctx).flatten(2), v
 
     def flops_per_token(self, mean_keys: float) -> float:
         """Forward FLOPs of scores and values, without projections."""
-        return 4 * mean_keys * self.n_out + self.selector_flops(mean_keys)
+        widths = self.heads * self.dim + self.n_out
+        return 2 * mean_keys * widths + self.selector_flops(mean_keys)
 
 
 class Paired(Softmax):
@@ -1558,7 +1598,7 @@ class Paired(Softmax):
         self.heads_q = self.heads_kv = self.heads // 2
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
+        q, k, v = self.project(x)
         v = self.mix(v, ve)
         q, k, both = (t.unflatten(2, (2, -1)).flatten(1, 2) for t in (q, k, v))
         q, k = self.position(q, k, ctx)
@@ -1593,15 +1633,15 @@ class DiffV2(Arm):
         super().__init__(cfg, layer, **shape, selective=cfg.selective)
         d, dim = cfg.d_model, cfg.head_dim
         self.n_out, self.kv_width = pairs * dim, kv * dim
-        self.q = Linear(2 * pairs * dim, d, bias=cfg.bias, maps=2)
-        self.k, self.v = (Linear(kv * dim, d, bias=cfg.bias) for _ in range(2))
+        self.q = Linear(2 * pairs * self.dim, d, bias=cfg.bias, maps=2)
+        self.k, self.v = (Linear(kv * n, d, bias=cfg.bias) for n in (self.dim, dim))
         self.lam = parameter((pairs, d), ("zeros",), "gate")
         self.lam_bias = parameter((pairs,), ("constant", cfg.lambda_bias), "gate")
         if cfg.window2:
             self.head_windows = (NO_LIMIT, cfg.window2) * pairs
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.cfg.head_dim)
+        q, k, v = self.project(x)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
         a1, a2 = self.attend(x, q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
@@ -1613,7 +1653,8 @@ class DiffV2(Arm):
         return torch.sigmoid(lam)[..., None]
 
     def flops_per_token(self, mean_keys: float) -> float:
-        return 4 * mean_keys * 2 * self.n_out + self.selector_flops(mean_keys)
+        widths = self.heads * self.dim + self.n_out
+        return 4 * mean_keys * widths + self.selector_flops(mean_keys)
 
 
 def v1_qk_dim(cfg: ModelConfig) -> int:
@@ -1641,9 +1682,9 @@ class DiffV1(Arm):
         self.gain = parameter((2 * dim,), ("constant", 1.0), "gate")
 
     def forward(self, x, ve, ctx):
-        q, k, v = project(x, [self.q, self.k, self.v], self.dim)
+        q, k, v = self.project(x)
         q, k = self.position(q, k, ctx)
-        v = self.mix(v.unflatten(-2, (self.heads, 2)).flatten(-2), ve)
+        v = self.mix(v, ve)
         both = v.repeat_interleave(2, dim=2)  # one call for both maps: V once for each
         a1, a2 = attend(q, k, both, ctx).unflatten(2, (self.heads, 2)).unbind(3)
         y = a1.float() - self.mixing() * a2.float()
@@ -2089,15 +2130,17 @@ class GPT(nn.Module):
         return parameter((rows, max(users, default=self.cfg.d_model)), ("normal", 1.0), "value")
 
     def register_rope(self, length: int) -> None:
-        dims = {self.cfg.head_dim, v1_qk_dim(self.cfg)} if self.cfg.rope else set()
+        cfg = self.cfg
+        widths = {cfg.head_dim, cfg.qk_dim or cfg.head_dim, v1_qk_dim(cfg)}
+        dims = widths if cfg.rope else set()
         for dim in dims:
-            table = rope_table(length, dim, self.cfg.half_rope)
+            table = rope_table(length, dim, cfg.half_rope)
             self.register_buffer(f"rope_{dim}", table, persistent=False)
         self.rope_dims = sorted(dims)
 
     def score_scale(self, dim: int) -> float:
-        """Under QK norm |score| <= scale x dim, so the scale follows the head (15.36 / dim: 0.12 at
-        128, record 20); bare q and k take dim^-1/2."""
+        """Under QK norm |score| <= scale x dim, so the scale follows the width of q and k (15.36 /
+        dim: 0.12 at 128, record 20; 0.24 at 64); bare q and k take dim^-1/2."""
         if self.cfg.score_scale:
             return self.cfg.score_scale
         return 15.36 / dim if self.cfg.qk_norm else dim**-0.5

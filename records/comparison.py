@@ -102,8 +102,8 @@ def control_of(cfg: T.Config) -> str | None:
     parameters in the same layers, by a wider MLP, and is selective where full is; None for arms
     that need nothing.
 
-    full has 5 n_head head_dim d_model parameters where softmax has 4, and an MLP two matrices of
-    d_model x width: so the width grows by n_head head_dim / 2, from 3,072 to 3,456 at 6 x 128.
+    full has one matrix of queries more, n_head heads x d_model, and an MLP two of d_model x width:
+    so the width grows by half of those heads, from 3,072 to 3,456 at 6 x 128.
     """
     m = cfg.model
     name, *keys = m.arm.split(",")
@@ -111,7 +111,7 @@ def control_of(cfg: T.Config) -> str | None:
         return None
     if m.mlp_layers:
         raise T.InputError(f"arm {m.arm}: form=full with mlp_layers has no control of its size")
-    width = (m.mlp or 4 * m.d_model) + m.n_head * m.head_dim // 2
+    width = (m.mlp or 4 * m.d_model) + m.n_head * (m.qk_dim or m.head_dim) // 2
     kind, places = ("selective", "layers") if m.selective else ("softmax", "mlp_layers")
     where = [f"{places}={T.format_value(m.layers)}"] if m.layers else []
     own = ("form", "layers", "mlp", "lambda_bias", "window2", "selective")

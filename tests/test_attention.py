@@ -75,7 +75,7 @@ def scale_of(cfg, dim):
 
 def naive_v2(cfg, p, x, ve, docs, window):
     pairs = p["arm.lam"].size(0)
-    dim = cfg.head_dim
+    dim = cfg.qk_dim or cfg.head_dim
     kv = p["arm.k.weight"].size(0) // dim
     q = heads_of(x, p["arm.q.weight"], p.get("arm.q.bias"), 2 * pairs)  # map 0's, then map 1's
     k = heads_of(x, p["arm.k.weight"], p.get("arm.k.bias"), kv)
@@ -121,7 +121,7 @@ def naive_softmax(cfg, p, x, ve, docs, window):
     q, k, v = (
         heads_of(x, p[f"arm.{s}.weight"], p.get(f"arm.{s}.bias"), n) for s in ("q", "k", "v")
     )
-    v, mask, dim = mixed(p, v, ve), allowed(docs, window), cfg.head_dim
+    v, mask, dim = mixed(p, v, ve), allowed(docs, window), cfg.qk_dim or cfg.head_dim
     maps = (
         softmax_map(ready(cfg, a), ready(cfg, b), mask, scale_of(cfg, dim)) for a, b in zip(q, k)
     )
@@ -173,6 +173,13 @@ CASES = {
     "diff_v2,form=light+": {},
     "diff_v2,half_rope=false,score_scale=0.3": {},
     "diff_v2,xsa=true": {"value_tables": 0},
+    "softmax,qk_dim=16,xsa=true": {"head_dim": 32},
+    "softmax,qk_dim=16,half_rope=false": {"head_dim": 64},
+    "diff_v2,qk_dim=16,xsa=true": {"head_dim": 32},
+    "diff_v2,qk_dim=16,window2=3,form=full": {"head_dim": 32},
+    "diff_v2,qk_dim=16,form=light": {"head_dim": 32},
+    "narrow softmax as in GPT-2": {"arm": "softmax,qk_dim=16", "head_dim": 32, **BARE},
+    "narrow diff_v2 as in GPT-2": {"arm": "diff_v2,qk_dim=16", "head_dim": 32, **BARE},
     "diff_v2 as in GPT-2": {"arm": "diff_v2", **BARE},
     "full as in GPT-2": {"arm": "diff_v2,form=full,window2=5", **BARE},
     "light as in GPT-2": {"arm": "diff_v2,form=light", **BARE},
@@ -229,6 +236,25 @@ def test_forward_and_gradients(case, layer, window):
         assert b.abs().max() > 1e-6, f"no gradient reaches {label}"
         error = (a.double() - b).norm() / b.norm()
         assert error < 3e-5, f"d {label}: {error:.1e}"
+
+
+WIDE = ("softmax", "diff_v2", "diff_v2,form=light", "selective,selector=own")
+
+
+@pytest.mark.parametrize("arm", WIDE)
+def test_queries_as_wide_as_values_are_the_default(arm):
+    """The same parameters, output and gradients, bit by bit; narrower ones score by their width."""
+    runs = []
+    for qk_dim in (0, 16):
+        _, attn, ctx = build(arm, 3, qk_dim=qk_dim, value_tables=0)
+        x = torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(1))
+        y = attn(x.requires_grad_(), None, ctx)
+        grads = torch.autograd.grad(y.square().sum(), [x, *attn.parameters()])
+        runs.append([y, *attn.parameters(), *grads])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+    _, attn, ctx = build(arm, 3, qk_dim=16, head_dim=32)
+    assert ctx.scale(attn.arm.dim) == 15.36 / 16 and set(ctx.rope) == {16, 32}
 
 
 @pytest.mark.parametrize("change", ["half_rope", "rope", "qk_norm", "window2", "xsa", "gate"])
@@ -357,6 +383,25 @@ def test_parameter_counts():
     assert attention_parameters("diff_v2,form=light") == (5 * d * d // 2, 3 * d + 3)
     assert attention_parameters("diff_v2,form=light+") == (5 * d * d // 2, 3 * d + 3)
     assert attention_parameters("diff_v1") == (4 * d * d, 4 * 64 + 2 * 64)  # lambda, gain
+    assert attention_parameters("softmax,qk_dim=64") == (3 * d * d, 0)
+    assert attention_parameters("softmax,qk_dim=128") == attention_parameters("softmax")
+    assert attention_parameters("selective,qk_dim=64,selector=own") == (3 * d * d + 2 * 64 * d, 0)
+    assert attention_parameters("diff_v2,qk_dim=64") == (11 * d * d // 4, 6 * d + 6)
+    assert attention_parameters("diff_v2,qk_dim=64,form=full") == (7 * d * d // 2, 6 * d + 6)
+    assert attention_parameters("diff_v2,qk_dim=64,form=light+") == (7 * d * d // 4, 3 * d + 3)
+
+
+def test_narrow_queries_and_keys_halve_the_work_on_scores():
+    """Of a token at 100 keys, 2 FLOPs for each dimension of scores and of values."""
+    for spec, heads, selector in (
+        *(("softmax", 6, 0), ("softmax,paired=0", 6, 0), ("selective,selector=own", 6, 1)),
+        *(("diff_v2", 12, 0), ("diff_v2,form=light", 6, 0)),
+    ):
+        for qk in (128, 64):
+            arm = full_size(spec, qk_dim=qk)[1].blocks[0].attn.arm
+            want = 2 * 100 * (heads * (qk + 128) + selector * qk)
+            assert arm.flops_per_token(100.0) == pytest.approx(want, rel=1e-12), spec
+            assert arm.q.weight.muon_view == (arm.q.maps, heads * qk // arm.q.maps, 768)
 
 
 @pytest.mark.parametrize(
@@ -367,6 +412,8 @@ def test_parameter_counts():
         ("diff_v2,form=full", 6, 12 * 128, 6 * 128),
         ("diff_v2,form=light", 3, 6 * 128, 3 * 128),
         ("diff_v1", 6, 12 * 64, 6 * 128),
+        ("softmax,qk_dim=64", 6, 6 * 64, 6 * 128),
+        ("diff_v2,qk_dim=64", 6, 12 * 64, 3 * 128),
     ],
 )
 def test_heads_at_768(arm, heads, queries, kv):
@@ -379,10 +426,12 @@ def test_heads_at_768(arm, heads, queries, kv):
 
 @pytest.mark.parametrize("preset", ["speedrun", "plain"])
 @pytest.mark.parametrize("layers", ["", ",layers=0+4+11"])
-def test_light_plus_has_softmaxs_active_parameters(preset, layers):
+@pytest.mark.parametrize("qk_dim", [0, 64, 32])
+def test_light_plus_has_softmaxs_active_parameters(preset, layers, qk_dim):
     counts, flops = {}, {}
     for arm in ("softmax", "diff_v2,form=light+"):
-        _, model = full_size(arm + (layers if arm != "softmax" else ""), preset)
+        spec = arm + (layers if arm != "softmax" else "")
+        _, model = full_size(spec, preset, qk_dim=qk_dim)
         counts[arm] = T.count_parameters(model)["active_matmul"]
         flops[arm] = T.flops_per_token(model, 1000.0, 500.0)
         small = sum(

@@ -41,6 +41,18 @@ def test_arm_is_causal(arm, preset):
     assert done == {"positions": 8, "documents": 7, "rows": 2, "window": 2 * layers}
 
 
+@pytest.mark.parametrize("preset, qk_dim", [("speedrun", 64), ("demo", 16)])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        *("softmax,xsa=true,value_gate=true", "softmax,paired=1,key_offset=true"),
+        *("selective,selector=own", "diff_v2,form=full,window2=9", "diff_v2,selective=true"),
+    ],
+)
+def test_narrow_queries_and_keys(arm, preset, qk_dim):
+    check_causal(arm, {"qk_dim": qk_dim}, preset=preset)
+
+
 def test_other_settings():
     check_causal("diff_v1", {"qk_norm": False, "rope": False, "bias": True, "softcap": 0.0})
     check_causal("diff_v2", {"half_rope": False, "x0": False, "skip": (), "backout": -1})

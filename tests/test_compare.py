@@ -610,6 +610,7 @@ def matrix_parameters(arm: str, preset: str, **changes) -> int:
         ("speedrun", "diff_v2,form=full,layers=0+4+11", "softmax,mlp=3456,mlp_layers=0+4+11"),
         ("plain", "diff_v2,form=full,window2=128,qk_norm=false", "softmax,mlp=3456,qk_norm=false"),
         ("plain", "diff_v2,form=full,mlp=1024", "softmax,mlp=1408"),
+        ("plain", "diff_v2,form=full,qk_dim=64", "softmax,mlp=3264,qk_dim=64"),
         ("demo", "diff_v2,form=full", "softmax,mlp=576"),
         (
             "plain",
@@ -622,6 +623,7 @@ def test_control(preset, arm, control):
     assert comparison.control_of(T.make_config(preset, arm=arm)) == control
     assert matrix_parameters(arm, preset) == matrix_parameters(control, preset)
     plain = "softmax,mlp=1024" if "mlp=1024" in arm else control.partition(",")[0]
+    plain += ",qk_dim=64" * ("qk_dim" in arm)
     assert matrix_parameters(arm, preset) > matrix_parameters(plain, preset)
 
 

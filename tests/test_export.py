@@ -55,6 +55,9 @@ CASES = {
     "selective": ("demo", {"arm": "selective,selector=2", **FAINT}),
     "selective own": ("demo", {"arm": "selective,selector=own", **FAINT, "key_offset": True}),
     "selective v2": ("demo", {"arm": "diff_v2,selective=true,window2=20", **FAINT}),
+    "narrow": ("demo", {"head_dim": 32, "qk_dim": 16, "xsa": True, **IDEAS}),
+    "narrow v2": ("demo", {"arm": "diff_v2,window2=20,head_dim=32,qk_dim=16", "half_rope": False}),
+    "narrow own": ("demo", {"arm": "selective,selector=own,head_dim=32,qk_dim=16", **FAINT}),
     "selective gpt2": ("gpt2", {"arm": "selective", "score_scale": 0.05}),
     "gpt2 v1": ("gpt2", {"arm": "diff_v1"}),
     "gpt2 v2": ("gpt2", {"arm": "diff_v2,form=light+", "gate": True}),
@@ -63,6 +66,7 @@ CASES = {
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
 SELECTIVE = ("selective", "selective own", "selective v2")
 CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *SELECTIVE)
+CACHED += ("narrow", "narrow own")
 
 
 # ---- models -------------------------------------------------------------------------------------

@@ -338,6 +338,7 @@ REFUSED = {
     "v1": ({"arm": "diff_v1"}, "--attention fa4 has no diff_v1: use flex for that arm"),
     "own": ({"arm": "mine.py:Arm"}, "--attention fa4 has no mine.py:Arm: use flex for that arm"),
     "64": ({"head_dim": 64, "n_head": 12}, "--attention fa4: heads of 128, not of --head-dim 64"),
+    "qk": ({"qk_dim": 64}, "--attention fa4 has no gradients at --qk-dim 64: use flex"),
     "cpu": ({"device": "cpu"}, "--attention fa4 runs on a GPU, not on --device cpu"),
     "fp32": ({"dtype": "float32"}, "--attention fa4 computes in bfloat16, not in --dtype float32"),
 }
@@ -353,6 +354,7 @@ def test_what_it_cannot_serve_is_refused(case):
 def test_what_it_serves_is_not_refused():
     for arm in ARMS:
         assert T.check_config(T.make_config(arm=arm, attention="fa4")) == []
+    assert T.check_config(T.make_config(qk_dim=128, attention="fa4")) == []
 
 
 def package(monkeypatch, version: str | None, interface=None) -> None:

@@ -178,12 +178,44 @@ def test_block_lists(docs):
     assert whole.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2], "full blocks are not used"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("selective", [False, True])
+def test_forward_tile(monkeypatch, selective):
+    """Where values are wider than queries, in 16 bits, FlexAttention is told a tile; on the CPU,
+    too, and there gives what the dense path gives."""
+    seen, flex = [], T.flex_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["kernel_options"])
+        return flex(*args, **kwargs)
+
+    monkeypatch.setattr(T, "flex_attention", spy)
+    gen, window = torch.Generator().manual_seed(0), int32(200)
+    q, k, v = (torch.randn(2, LENGTH, 2, d, generator=gen).bfloat16() for d in (64, 64, 128))
+    taken = torch.rand(2, 1, LENGTH, LENGTH, generator=gen) if selective else None
+
+    def attend(make, *qkv):
+        ctx = T.Context(make(DOCS["odd"], window), {}, lambda dim: 0.1)
+        return T.attend(*qkv, ctx, taken)
+
+    narrow = attend(T.block_mask, q, k, v)
+    error = narrow.float() - attend(T.dense_mask, *(t.float() for t in (q, k, v)))
+    assert error.norm() / narrow.float().norm() < 0.01
+    run = compiled(functools.partial(attend, T.block_mask))
+    torch.testing.assert_close(run(q, k, v), narrow, rtol=0.02, atol=0.02)
+    attend(T.block_mask, q, k, v[..., :64])
+    attend(T.block_mask, *(t.float() for t in (q, k, v)))
+    stages = {"num_stages": 2} if selective else {}
+    tile = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, **stages}
+    assert seen == [tile, tile, stages, stages]
+
+
 # ---- a whole model ------------------------------------------------------------------------------
 
 # Not window2: on the CPU, Inductor (2.13) takes the tensors that a mask captures only as they come
 # into the graph, not computed there as `contexts` does. Windows by head stand above, window2 is in
 # test_gpu.py.
-ARMS = ("softmax", "diff_v1", "diff_v2")
+ARMS = ("softmax", "diff_v1", "diff_v2", "softmax,qk_dim=16,xsa=true")
 
 
 def small_gpt(arm: str) -> T.GPT:

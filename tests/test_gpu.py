@@ -110,6 +110,9 @@ ARMS = {
     "diff_v2,form=light+": {},
     "diff_v2,window2=150": {},
     "softmax, paired": {"paired": (0,)},
+    "softmax, narrow": {"qk_dim": 64, "xsa": True},
+    "softmax, narrow, paired": {"qk_dim": 64, "paired": (0,)},
+    "diff_v2,form=full, narrow": {"qk_dim": 64},
     "softmax, 64": {"n_head": 12, "head_dim": 64, "xsa": True},
     "diff_v2,form=light,window2=150, 64": {"n_head": 12, "head_dim": 64},
 }

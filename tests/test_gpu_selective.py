@@ -22,6 +22,7 @@ ARMS = (
     "selective",
     "selective,selector=2",
     "selective,selector=own",
+    "selective,qk_dim=64",
     "diff_v2,selective=true",
     "diff_v2,selective=true,form=full,window2=150",
 )

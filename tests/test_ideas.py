@@ -247,6 +247,11 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
         ("--paired", {"paired": (1, 3), "arm": "diff_v1,layers=0+3"}),
         ("--paired", {"paired": (1,), "arm": "selective"}),
         ("--paired", {"paired": (0, 1), "key_offset": True}),
+        ("--qk-dim 96: a divisor of --head-dim 128", {"qk_dim": 96}),
+        ("--qk-dim 256: a divisor of --head-dim 128", {"qk_dim": 256}),
+        ("--qk-dim 8: a divisor", {"qk_dim": 8}),
+        ("--qk-dim -64: a divisor", {"qk_dim": -64}),
+        ("--qk-dim 64: diff_v1", {"arm": "diff_v1,layers=0+3", "qk_dim": 64}),
     ],
 )
 def test_what_cannot_be_is_refused(flag, changes):
@@ -798,7 +803,8 @@ def test_adam_every_2_sharded_equals_unsharded_and_resumes(tmp_path):
 
 def naive_paired(arm: T.Paired, x, ve, docs, window: int) -> torch.Tensor:
     """Query by query: head h of token t, at place 2 t or 2 t + 1, over both heads of its pair."""
-    heads, half, dim = arm.heads, arm.heads // 2, 16
+    heads, half, dim = arm.heads, arm.heads // 2, arm.cfg.qk_dim or arm.cfg.head_dim
+    wide = arm.cfg.head_dim
     table = T.rope_table(2 * x.size(1), dim, half=True)
     ctx = T.Context(None, {dim: table}, lambda d: 15.36 / d)
 
@@ -810,8 +816,8 @@ def naive_paired(arm: T.Paired, x, ve, docs, window: int) -> torch.Tensor:
         rows[0, place(h, t), 0] = T.norm(proj(x[b, t])[h * dim : (h + 1) * dim])
         return T.rotate(rows, ctx)[0, place(h, t), 0]
 
-    v = arm.mix(arm.v(x).unflatten(-1, (heads, dim)), ve)
-    out = torch.zeros(*x.shape[:2], heads, dim)
+    v = arm.mix(arm.v(x).unflatten(-1, (heads, wide)), ve)
+    out = torch.zeros(*x.shape[:2], heads, wide)
     for b in range(x.size(0)):
         for t in range(x.size(1)):
             for h in range(heads):
@@ -826,18 +832,19 @@ def naive_paired(arm: T.Paired, x, ve, docs, window: int) -> torch.Tensor:
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("layer, reach", [(1, 5), (1, 64), (0, 64)])
-def test_paired_equals_a_loop(layer, reach):
-    model = build(paired=(0, 1), n_head=4, d_model=64, value_tables=2)
+@pytest.mark.parametrize("layer, reach, narrow", [(1, 5, 0), (1, 64, 0), (0, 64, 0), (1, 5, 1)])
+def test_paired_equals_a_loop(layer, reach, narrow):
+    width = {"head_dim": 32, "qk_dim": 16, "n_head": 4} if narrow else {"n_head": 4}
+    model = build(paired=(0, 1), d_model=64, value_tables=2, **width)
     _, docs = rows_of_text(8)
     arm = model.blocks[layer].attn.arm
     assert type(arm) is T.Paired and type(model.blocks[2].attn.arm) is T.Softmax
     gen = torch.Generator().manual_seed(1)
-    x, ve = (torch.randn(2, 8, 64, generator=gen) for _ in range(2))
+    x, ve = (torch.randn(2, 8, n, generator=gen) for n in (64, arm.kv_width))
     context = model.contexts(docs, window(64, reach))[layer]
     got, v = arm(x, ve, context)
     torch.testing.assert_close(got, naive_paired(arm, x, ve, docs, reach), rtol=1e-4, atol=1e-5)
-    assert v.shape == (2, 8, 4, 16), "XSA's own value, by token"
+    assert v.shape == (2, 8, 4, model.cfg.head_dim), "XSA's own value, by token"
 
 
 PAIRED = {"paired": (1, 2)}  # the demo's short layers

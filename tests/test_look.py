@@ -86,7 +86,7 @@ def naive_layer(model, layer: int, x):
     cfg, arm = model.cfg, model.blocks[layer].attn.arm
     ctx = model.contexts(DOCS[None], WINDOWS)[layer]
     v1, two = isinstance(arm, T.DiffV1), not isinstance(arm, T.Softmax)
-    dim = arm.dim if v1 else cfg.head_dim
+    dim = arm.dim
     window = int(WINDOWS[0 if layer in cfg.long_layers else 1])
     q = heads_of(arm.q, x, dim, ctx, cfg.qk_norm)
     k = heads_of(arm.k, x, dim, ctx, cfg.qk_norm)
@@ -116,6 +116,8 @@ def naive_layer(model, layer: int, x):
         ("speedrun", "diff_v2,layers=1"),
         ("speedrun", "diff_v1,head_dim=128"),  # q and k of 64, values of 128
         ("speedrun", "softmax,no_attention=1"),
+        ("speedrun", "softmax,head_dim=32,qk_dim=16"),
+        ("speedrun", "diff_v2,head_dim=32,qk_dim=16"),
         ("gpt2", "diff_v2"),
         ("gpt2", "diff_v1"),
     ],

@@ -42,10 +42,11 @@ def paper_masks(scores, docs):
 def reference(cfg, p, x, docs, window):
     """train_gpt.Attention of a selective arm without value embeddings, in the dtype of x."""
     diff = cfg.arm.startswith("diff_v2")
-    dim, scale = cfg.head_dim, A.scale_of(cfg, cfg.head_dim)
+    dim = cfg.qk_dim or cfg.head_dim
+    scale = A.scale_of(cfg, dim)
     q, k, v = (
-        A.heads_of(x, p[f"arm.{s}.weight"], None, p[f"arm.{s}.weight"].size(0) // dim)
-        for s in ("q", "k", "v")
+        A.heads_of(x, p[f"arm.{s}.weight"], None, p[f"arm.{s}.weight"].size(0) // width)
+        for s, width in (("q", dim), ("k", dim), ("v", cfg.head_dim))
     )
     if diff:  # map-major in store: a pair's two heads follow each other
         half = len(q) // 2
@@ -94,6 +95,9 @@ ARMS = (
     "diff_v2,selective=true,form=full,selector=4",
     "diff_v2,selective=true,form=light",
     "diff_v2,selective=true,form=light+,window2=3",
+    "selective,head_dim=32,qk_dim=16",
+    "selective,head_dim=32,qk_dim=16,selector=own",
+    "diff_v2,selective=true,head_dim=32,qk_dim=16,selector=2",
 )
 
 
