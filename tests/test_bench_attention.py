@@ -312,7 +312,6 @@ def test_a_missing_package_ends_no_process(monkeypatch):
         raise ImportError("it needs a package")
 
     monkeypatch.setattr(B, "measure", missing)
-    monkeypatch.setattr(B.T, "configure_compiler", lambda: None)
     B.serve(Pipe(), {"device": "cpu"})
     assert Pipe.sent == [{"reason": "skipped: ImportError: it needs a package"}]
 
