@@ -399,7 +399,7 @@ def test_who_cannot_read_it_says_so(trained, tmp_path, capsys):
     with pytest.raises(T.InputError, match=f"^fine-tuning {said}$"):
         finetune.Start.load(folder, "")
     with pytest.raises(T.InputError, match=said):
-        prune.measure(trained.folder, torch.zeros(1, 9).numpy(), [1.0], "cpu")
+        next(prune.measure(trained.folder, torch.zeros(1, 9).numpy(), [1.0], "cpu", set()))
     with pytest.raises(T.InputError, match=said):
         hellaswag.score(types.SimpleNamespace(model=folder))
 
