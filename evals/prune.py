@@ -187,6 +187,8 @@ def measure(
     tokens = torch.from_numpy(rows)
     if int(tokens.max()) >= model.cfg.vocab:
         raise T.InputError(f"{path} has {model.cfg.vocab} tokens: --data is of another vocabulary")
+    if model.cfg.paired:
+        raise T.InputError(f"{path} has --paired layers, whose rows have every token twice")
     window = T.windows(sample.best_window(meta), device)
     selective = any(getattr(arm, "selectors", 0) for arm in arms_of(model))
     who = {"run": run_of(path), "weights": weights_of(path), "arm": meta["config"]["arm"]}

@@ -293,6 +293,13 @@ def test_documents_in_one_call_or_several(arm, text, tmp_path, monkeypatch):
         assert (a.kept, a.loss) == (b.kept, pytest.approx(b.loss, rel=1e-6))
 
 
+def test_paired_heads_are_refused(text, tmp_path, capsys):
+    """Their rows have every token twice, and a cache of a token is two keys."""
+    run = checkpoint(tmp_path / "r", long_layers=(0, 2), paired=(1,))
+    assert prune.main([str(run), "--data", str(text), "--out", str(tmp_path / "o")]) == 2
+    assert "has --paired layers" in capsys.readouterr().err
+
+
 def test_bad_words(text, tmp_path, capsys):
     run = str(checkpoint(tmp_path / "r"))
     for words, said in (
