@@ -597,9 +597,12 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
             need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
-        elif fits:  # FlexAttention counts a bias's elements in 32 bits (pytorch #146724)
-            size = tokens * length * max(1, groups)
-            need(size < 2**31, f"--{call} {tokens}: {size} numbers of row x row, 2^31 are too many")
+        elif fits and length > 0:  # FlexAttention counts a bias in 32 bits (pytorch #146724)
+            each = length * max(1, groups)
+            if tokens * each >= 2**31:
+                fit = length << ((2**31 - 1) // (length * each)).bit_length() - 1
+                said = f"{tokens * each} numbers of row x row, 2^31 are too many"
+                need(False, f"--{call} {tokens}: {said}; {fit} would do")
 
 
 def parse_args(argv: list[str]) -> Config:

@@ -1,6 +1,7 @@
 """How much of its key-value cache does a model need? Loss against the share of the cache kept.
 
     python -m evals.prune RUN [RUN ...] --data DIR [--kept 1 0.5 0.25 0.125] [--out FOLDER]
+    python -m evals.prune --out FOLDER      draws what is there
 
 Every layer may keep a share of the keys that it would hold otherwise: its window, or the text where
 that is shorter. When a new key is one too many, one goes for good. Which one:
@@ -12,16 +13,20 @@ that is shorter. When a new key is one too many, one goes for good. Which one:
 The newest key and a document's first are never given up. What is read: documents of dev that have
 more tokens than --tokens, cut there, one a row. The loss is the mean over all their tokens, and the
 other one over those of the second half, where small caches are full. Attention is computed on dense
-masks: this measures loss and not speed. FOLDER gets prune.json, prune.svg and prune.png.
+masks: this measures loss and not speed. FOLDER gets prune.json after every measurement, prune.svg
+and prune.png at the end; the same line again, or one with other runs, goes on with that prune.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
-import math
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,20 +38,25 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import train_gpt as T
-from evals import sample
+from evals import exported, sample
 
-CALL_TOKENS = 8192  # in a forward pass: T x T is kept for each of its rows
+# Numbers in T x T of all heads and rows of a forward pass: a map in fp32 takes 4 bytes of each.
+CALL_NUMBERS = {"cuda": 2**30, "cpu": 2**27}
+QUERIES = 256  # whose ranks are put in order at a time
 POLICIES = ("masked", "age")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement. kept: keys that layers may hold, of those that they would; losses in nats a
+    """One measurement. weights: sha256 of the checkpoint's; None where it is not known. kept: keys
+    that layers may hold, of those that they would; share: what was asked for. Losses in nats a
     token, of all tokens and of those in the second half of a document's piece."""
 
     run: str
+    weights: str | None
     arm: str
     policy: str
+    share: float
     kept: float
     loss: float
     loss_late: float
@@ -56,31 +66,43 @@ class Point:
 # ---- Eviction -----------------------------------------------------------------------------------
 
 
+def in_order(rank: Tensor) -> Tensor:
+    """rank [..., T] fp32 -> int64, no two of a row the same: larger for a larger rank and, of
+    equals, for an older key."""
+    bits = (rank + 0.0).contiguous().view(torch.int32).long()  # + 0.0: one zero, not two
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits + 1) * rank.size(-1) - 1 - torch.arange(rank.size(-1), device=rank.device)
+
+
 def kept_keys(rank: Tensor, seen: Tensor, first: Tensor, budget: int) -> Tensor:
     """Which keys are still there for each query: bool [B, G, T, T], at most `budget` of a row.
 
     rank [B, G, T, T]: at query i, of the keys that are there, the one with the largest goes; of
     equals, the oldest. seen [B, 1, T, T]: what a full cache would hold; what leaves the window or
     belongs to a finished document makes room by itself. first [B, T]: never given up.
+
+    One query after the other, since what is there follows from what went. On a GPU that takes the
+    time to start some nine kernels a query, whatever B and G: so give it many rows at once.
     """
-    there, rows = torch.zeros_like(rank[:, :, 0], dtype=torch.bool), []
-    at = torch.arange(rank.size(-1), device=rank.device)
-    for i in range(rank.size(-1)):
-        there = (there | (at == i)) & seen[:, :, i]
-        stays = ~there | first[:, None] | (at == i)
-        goes = rank[:, :, i].masked_fill(stays, -math.inf)
-        largest = ~stays & (goes == goes.amax(-1, keepdim=True))
-        oldest = largest & (largest.cumsum(-1) == 1)  # argmax takes any of equals on a GPU
-        over = there.sum(-1, keepdim=True) > budget
-        there = there & ~(over & oldest)
-        rows.append(there)
-    return torch.stack(rows, dim=2)
+    first = first[:, None, None] & seen
+    free = seen & ~first  # with each query's own token, the newest
+    room = budget - 1 - (first.tril(-1)).sum(-1, keepdim=True)
+    left, nothing = free.expand_as(rank).clone(), torch.iinfo(torch.int64).min
+    for i in range(budget, rank.size(-1)):
+        if i == budget or i % QUERIES == 0:
+            start, order = i, in_order(rank[:, :, i : i + QUERIES - i % QUERIES])
+        there = left[:, :, i - 1, :i] & free[:, :, i, :i]
+        may_go = torch.where(there, order[:, :, i - start, :i], nothing)
+        stays = may_go != may_go.amax(-1, keepdim=True)
+        fits = there.sum(-1, keepdim=True) <= room[:, :, i]
+        left[:, :, i, :i] = there & (stays | fits)
+    return left | first
 
 
-def ages(length: int, device: torch.device) -> Tensor:
-    """[1, 1, T, T]: how far back a key is."""
-    at = torch.arange(length, device=device)
-    return (at[:, None] - at).float()[None, None]
+def newest_keys(seen: Tensor, first: Tensor, budget: int) -> Tensor:
+    """`kept_keys` by age, for rows in which a query sees one document: [B, 1, T, T]."""
+    at, first = torch.arange(seen.size(-1), device=seen.device), first[:, None, None] & seen
+    return first | seen & (at[:, None] - at < budget - first.sum(-1, keepdim=True))
 
 
 @contextlib.contextmanager
@@ -96,11 +118,13 @@ def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
         budget = min(full, max(2, round(share * full)))
         sizes.append((budget, full))
         if budget < full:
-            rank = ages(length, q.device) if taken is None or policy == "age" else taken
-            rank = rank.expand(q.size(0), -1, -1, -1)
             seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
-            kept = kept_keys(rank, seen, ctx.starts, budget)
-            kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
+            if taken is None or policy == "age":
+                kept = newest_keys(seen, ctx.starts, budget)
+            else:
+                kept = kept_keys(taken, seen, ctx.starts, budget)
+            if kept.size(1) > 1:
+                kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
             ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
         return attend(q, k, v, ctx, taken, *how)
 
@@ -126,12 +150,17 @@ def long_documents(corpus: T.Corpus, length: int, most: int) -> np.ndarray:
     return np.stack([tokens[i : i + length + 1] for i in fit]).astype(np.int64)
 
 
+def arms_of(model: nn.Module) -> list[nn.Module]:
+    return [b.attn.arm for b in model.blocks if b.attn is not None]
+
+
 @torch.no_grad()
 def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
     """rows [N, T + 1] on the CPU -> nats of each target, [N, T] fp32 on the CPU."""
     head = T.Head(model.head, model.softcap, model.dtype, False, False)
     out, device = [], model.head.device
-    for part in rows.split(max(1, CALL_TOKENS // rows.size(1))):
+    heads = max(arm.heads_q for arm in arms_of(model))
+    for part in rows.split(max(1, CALL_NUMBERS[device.type] // (heads * rows.size(1) ** 2))):
         part = part.to(device)
         docs = torch.zeros_like(part[:, :-1], dtype=torch.int32)
         h = model(part[:, :-1].int(), docs, window)
@@ -139,30 +168,41 @@ def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def measure(path: Path, rows: np.ndarray, shares: list[float], device: str) -> list[Point]:
-    """A run's points. InputError where it is no model of this text."""
+def run_of(path: Path) -> str:
+    return path.parents[1].name if path.parent.name == "ckpt" else path.name
+
+
+def weights_of(path: Path) -> str | None:
+    """sha256 of a checkpoint's weights. An exported folder has rounded them."""
+    return None if exported.is_folder(path) else sample.meta_of(path).get("sha256")
+
+
+def measure(
+    path: Path, rows: np.ndarray, shares: list[float], device: str, done: set[tuple[str, float]]
+) -> Iterator[Point]:
+    """A run's points, one by one, without the (policy, share) that are `done`. InputError where it
+    is no model of this text."""
     sample.refuse_copy(sample.meta_of(path)["config"], "evals/prune.py")
     model, meta = sample.load(path, device, rows.shape[1])
-    tokens, points = torch.from_numpy(rows), []
+    tokens = torch.from_numpy(rows)
     if int(tokens.max()) >= model.cfg.vocab:
         raise T.InputError(f"{path} has {model.cfg.vocab} tokens: --data is of another vocabulary")
+    if model.cfg.paired:
+        raise T.InputError(f"{path} has --paired layers, whose rows have every token twice")
     window = T.windows(sample.best_window(meta), device)
-    arms = [b.attn.arm for b in model.blocks if b.attn is not None]
-    selective = any(getattr(arm, "selectors", 0) for arm in arms)
-    run = path.parents[1].name if path.parent.name == "ckpt" else path.name
-    for policy in POLICIES if selective else ("age",):
-        for share in shares:
-            sizes: list[tuple[int, int]] = []
-            with pruning(share, policy, sizes):
-                nats = losses(model, tokens, window).double()
-            if not sizes:
-                raise T.InputError(f"{path}: its arm does not call T.attend, so nothing is pruned")
-            kept, full = map(sum, zip(*sizes, strict=True))
-            late = nats[:, nats.size(1) // 2 :].mean()
-            said = (policy, kept / full, float(nats.mean()), float(late), nats.numel())
-            points.append(Point(run, meta["config"]["arm"], *said))
-            print(line(points[-1]), flush=True)
-    return points
+    selective = any(getattr(arm, "selectors", 0) for arm in arms_of(model))
+    who = {"run": run_of(path), "weights": weights_of(path), "arm": meta["config"]["arm"]}
+    lines = itertools.product(POLICIES if selective else ("age",), shares)
+    for policy, share in (pair for pair in lines if pair not in done):
+        sizes: list[tuple[int, int]] = []
+        with pruning(share, policy, sizes):
+            nats = losses(model, tokens, window).double()
+        if not sizes:
+            raise T.InputError(f"{path}: its arm does not call T.attend, so nothing is pruned")
+        kept, full = map(sum, zip(*sizes, strict=True))
+        late = nats[:, nats.size(1) // 2 :].mean()
+        said = {"loss": float(nats.mean()), "loss_late": float(late), "targets": nats.numel()}
+        yield Point(**who, policy=policy, share=share, kept=kept / full, **said)
 
 
 # ---- What is written ----------------------------------------------------------------------------
@@ -200,22 +240,64 @@ def draw(points: list[Point], length: int, out: Path) -> None:
         plots.save(figure, out)
 
 
-def run(args: argparse.Namespace) -> None:
+def read(file: Path) -> dict:
+    """A prune.json, its points as Point; InputError where it is none."""
+    try:
+        said = json.loads(file.read_text())
+        said["tokens"], said["documents"], said["text"]
+        return {**said, "points": [Point(**p) for p in said["points"]]}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise T.InputError(f"{file} is no file of evals/prune.py: {e!r}") from None
+
+
+def write(file: Path, said: dict) -> None:
+    """Whole or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(json.dumps({**said, "points": [asdict(p) for p in said["points"]]}, indent=1))
+    os.replace(aside, file)
+
+
+def measure_all(args: argparse.Namespace, file: Path) -> dict:
+    """Measures what `file` lacks, and writes it after every point -> its content."""
     paths = [Path(p) for p in args.models]
+    names = [run_of(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise T.InputError(f"two runs of one name, which is all that the plot has: {names}")
     metas = [sample.meta_of(path) for path in paths]
     length = args.tokens or min(int(meta["config"]["row_tokens"]) for meta in metas)
-    corpus = T.Corpus.open(args.data, args.dev)
-    rows = long_documents(corpus, length, args.documents)
-    args.out.mkdir(parents=True, exist_ok=True)
+    rows = long_documents(T.Corpus.open(args.data, args.dev), length, args.documents)
+    text = hashlib.sha256(rows.tobytes()).hexdigest()
+    said = {"tokens": length, "documents": len(rows), "text": text}
+    if file.is_file():
+        before = read(file)
+        if any(before[key] not in (None, value) for key, value in said.items()):
+            raise T.InputError(f"{file} is of other documents: name another --out")
+        said = before
+    said.setdefault("points", [])
+    file.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     device = "cpu" if device == "auto" else device
     print(f"{len(rows)} documents of dev, {length} tokens each")
     print(f"{'run':28s} {'policy':7s} {'kept':>7s} {'loss':>9s} {'2nd half':>9s}")
-    points = [p for path in paths for p in measure(path, rows, args.kept, device)]
-    said = {"tokens": length, "documents": len(rows), "points": [asdict(p) for p in points]}
-    (args.out / "prune.json").write_text(json.dumps(said, indent=1))
+    for path, name in zip(paths, names):
+        weights = weights_of(path)
+        old = [p for p in said["points"] if p.run == name and weights and p.weights == weights]
+        said["points"] = [p for p in said["points"] if p.run != name] + old
+        for point in old:
+            print(line(point))
+        done = {(p.policy, p.share) for p in old}
+        for point in measure(path, rows, args.kept, device, done):
+            print(line(point), flush=True)
+            said["points"].append(point)
+            write(file, said)
+    return said
+
+
+def run(args: argparse.Namespace) -> None:
+    file = args.out / "prune.json"
+    said = measure_all(args, file) if args.models else read(file)
     try:
-        draw(points, length, args.out / "prune")
+        draw(said["points"], said["tokens"], args.out / "prune")
     except ImportError as e:  # nice to have
         print(f"no plot: {e.name} is not installed")
     else:
@@ -227,8 +309,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="prune", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("models", nargs="+", metavar="RUN", help="run folders, or checkpoints in them")
-    add("--data", required=True, metavar="DIR", help="folder of token shards, read from dev")
+    add("models", nargs="*", metavar="RUN", help="run folders, or checkpoints in them")
+    add("--data", default="", metavar="DIR", help="folder of token shards, read from dev")
     add("--dev", default="", metavar="FILE", help="a shard to read, where no manifest names dev")
     add("--tokens", type=int, default=0, metavar="N", help="of each document (0: a trained row)")
     add("--documents", type=int, default=64, metavar="N", help="documents at most (64)")
@@ -243,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints, writes; 2 for bad input, with one sentence."""
     args = parse(argv)
     try:
+        if args.models and not args.data:
+            raise T.InputError("--data DIR: which text?")
         if not all(0 < share <= 1 for share in args.kept):
             raise T.InputError("--kept are shares above 0, at most 1")
         if args.tokens < 0 or args.tokens == 1 or args.documents < 1:

@@ -1,10 +1,12 @@
 """What attention costs, on any NVIDIA GPU: `python tests/bench_attention.py --out FILE.json`.
 
 Forward, forward + backward and peak memory of every arm on the trainer's own path, beside torch's
-SDPA, transformers' DiffLlama and plain FlexAttention; NOTES says what is timed and how. The rows
-run in a process of their own: one that fails, hangs or runs out of memory is a row with its
-reason, and the rest goes on. Not a test: it asserts nothing. Without a GPU, for trying, every mask
-is dense and nothing is compiled.
+SDPA, transformers' DiffLlama and plain FlexAttention; NOTES says what is timed and how. Rows run in
+--workers processes: as many are compiled at a time, then each is timed while the others wait. One
+that fails, hangs or runs out of memory is a row with its reason, and the rest goes on. FILE.json is
+written after each row; the same line again, or one with other cases or lengths, goes on with it.
+Not a test: it asserts nothing. Without a GPU, for trying, every mask is dense and nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import functools
 import gc
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -57,13 +60,15 @@ NOTES = (
     "a call for each map where window2 is set. Its cuts between documents are built before, too.",
     "GB (1e9 bytes): the most that torch had allocated in one forward + backward, inputs, mask and "
     "gradients included. error: the largest ||got - want|| / ||want|| of output, dq, dk and dv "
-    "against a dense mask in fp32, at T <= 2,048. first call: seconds, compilation included.",
+    "against a dense mask in fp32, at T <= 2,048. first call: seconds, compilation included, while "
+    "other rows compile beside it.",
     "block lists: T.block_lists, run in the trainer once a call of the model for each window.",
 )
 CHECKED = 2048  # longest row that is compared with T x T in fp32
 WRONG = 0.03  # bfloat16 is 0.003 to 0.012 off; block lists of another row were 0.37
 WARM_UP = 3
 CPU_LENGTH = 2048  # T x T is all there is without a GPU
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 EAGER_BYTES = 4  # DiffLlama's softmax is fp32
 
 
@@ -156,12 +161,12 @@ def heads_text(arm: T.Arm) -> str:
 
 def make_inputs(arm: T.Arm, length: int, device: str, dtype: torch.dtype, rows: int = 1) -> Given:
     """Leaves; the heads of q and k have unit RMS, as QK norm makes them."""
-    gen, (d, dv) = torch.Generator().manual_seed(0), head_dims(arm)
+    gen, (d, dv) = torch.Generator(device).manual_seed(0), head_dims(arm)
 
     def rand(heads: int, dim: int, unit: bool = False) -> Tensor:
-        x = torch.randn(rows, length, heads, dim, generator=gen)
+        x = torch.randn(rows, length, heads, dim, generator=gen, device=device)
         x = (T.norm(x) if unit else x).flatten(2)
-        return x.to(device, dtype).requires_grad_()
+        return x.to(dtype).requires_grad_()
 
     q, k = rand(arm.heads_q, d, unit=True), rand(arm.heads_kv, d, unit=True)
     return Given(q, k, rand(arm.kv_width // dv, dv), rand(arm.heads, 1))
@@ -369,9 +374,10 @@ def too_large(case: Case, length: int, arm: T.Arm, cuda: bool) -> str | None:
     return f"skipped: one T x T map of all heads takes {need / 1e9:.0f} of {most / 1e9:.0f} GB"
 
 
-def measure_lists(length: int, settings: dict) -> dict:
+def measure_lists(length: int, settings: dict, alone: Callable[[], None]) -> dict:
     docs, window = bounds(LISTS, length, settings)
     call = functools.partial(T.block_lists, docs, window)
+    alone()
     for _ in range(WARM_UP):
         call()
     times = milliseconds(call, settings["repeats"], docs.is_cuda)
@@ -393,19 +399,26 @@ def figures(call: Callable, both: Callable, repeats: int, cuda: bool) -> dict:
     return row
 
 
-def measure(case: Case, length: int, settings: dict) -> dict:
-    """The figures of one row, or {reason} where there are none."""
+def measure(
+    case: Case, length: int, settings: dict, alone: Callable[[], None] = lambda: None
+) -> dict:
+    """The figures of one row, or {reason} where there are none. `alone` is called once, before what
+    must have the GPU to itself: the timing, or all of what fills its memory."""
     cuda = settings["device"] == "cuda"
     if case is LISTS:
-        return measure_lists(length, settings)
+        return measure_lists(length, settings, alone)
     arm = build_arm(case.arm)
     row = {"heads": heads_text(arm)}
     if reason := too_large(case, length, arm, cuda):
         return row | {"reason": reason}
+    fills = case.path == "DiffLlama eager"
+    if fills:
+        alone()
     arm = arm.to(settings["device"])
     rows = settings.get("rows", 1)
     x = make_inputs(arm, length, settings["device"], getattr(torch, settings["dtype"]), rows)
-    dy = torch.randn(rows, length, arm.n_out, generator=torch.Generator().manual_seed(1)).to(x.q)
+    gen = torch.Generator(settings["device"]).manual_seed(1)
+    dy = torch.randn(rows, length, arm.n_out, generator=gen, device=settings["device"]).to(x.q)
     docs, window = bounds(case, length, settings)
     row["mean_keys"] = mean_keys(docs, window)
     with replaced(case):
@@ -422,6 +435,8 @@ def measure(case: Case, length: int, settings: dict) -> dict:
         if bad:
             return row | {"reason": f"wrong: so far from the dense reference: {bad}"}
     del got
+    if not fills:
+        alone()
     with replaced(case):
         row |= figures(functools.partial(call, x), both, settings["repeats"], cuda)
     flops = 3 * rows * length * arm.flops_per_token(row["mean_keys"])
@@ -439,24 +454,33 @@ def first_line(error: Exception) -> str:
 
 
 def serve(pipe, settings: dict) -> None:
-    """Measures what it is sent, (number of the case, length), until the pipe closes."""
+    """Measures what it is sent, (number of the case, length), until the pipe closes. Answers with
+    the row; before that with None, and waits for an answer, when it must be alone."""
     T.configure_compiler()
+
+    def alone() -> None:
+        if settings["device"] == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(None)
+        pipe.recv()
+
     while True:
         try:
             number, length = pipe.recv()
         except EOFError:
             return
         try:
-            row = measure(CASES[number], length, settings)
+            row = measure(CASES[number], length, settings, alone)
         except ImportError as e:  # before anything ran: this process can go on
             row = {"reason": f"skipped: {first_line(e)}"}
         except Exception as e:
             row = {"reason": first_line(e)}
-        pipe.send(row)
         torch._dynamo.reset()
         gc.collect()
         if settings["device"] == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after an error, which the row has
+                torch.cuda.empty_cache()
+        pipe.send(row)
 
 
 class Worker:
@@ -480,20 +504,48 @@ class Worker:
             self.process.join()
             self.process = None
 
-    def run(self, case: Case, length: int, seconds: float) -> dict:
-        """The row, within so many seconds or with the reason why not."""
+    def begin(self, case: Case, length: int) -> None:
         if self.process is None:
             self.start()
-        try:
+        with contextlib.suppress(OSError):  # it is gone, which `hear` will find
             self.pipe.send((CASES.index(case), length))
+
+    def go_on(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send("alone")
+
+    def hear(self, seconds: float) -> dict | None:
+        """The row, within so many seconds or with the reason why not; None where it must be alone
+        from here on, and waits for `go_on`."""
+        try:
             ready = self.pipe.poll(seconds)
             row = self.pipe.recv() if ready else {"reason": f"not done after {seconds:.0f} s"}
         except (EOFError, OSError):
             self.process.join(10)
             row = {"reason": f"its process ended with code {self.process.exitcode}"}
-        if "reason" in row and not row["reason"].startswith("skipped"):
+        if row is not None and not row.get("reason", "skipped").startswith("skipped"):
             self.stop()
         return row
+
+
+def side_by_side(
+    workers: list[Worker], jobs: list[tuple[Case, int]], row_seconds: float, ends: float
+) -> Iterator[dict]:
+    """The rows of jobs, at most one for each worker, in order: prepared by all at once, timed one
+    after the other. ends: when to give up, of time.monotonic."""
+
+    def left(until: float) -> float:
+        return max(0.0, min(until, ends) - time.monotonic())
+
+    busy = workers[: len(jobs)]
+    for worker, job in zip(busy, jobs):
+        worker.begin(*job)
+    until = time.monotonic() + row_seconds
+    for worker, row in [(worker, worker.hear(left(until))) for worker in busy]:
+        if row is None:
+            worker.go_on()
+            row = worker.hear(left(time.monotonic() + row_seconds))
+        yield row
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -565,8 +617,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--doc-mean", type=float, default=600, help="mean length of documents, tokens")
     p.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name has this")
     p.add_argument("--repeats", type=int, default=20, help="timed calls; their median counts")
-    p.add_argument("--row-seconds", type=float, default=150, help="most for a row")
+    p.add_argument("--row-seconds", type=float, default=150, help="most to prepare, to time a row")
     p.add_argument("--minutes", type=float, default=20, help="most for all rows")
+    p.add_argument(
+        "--workers",
+        **{"type": int, "default": max(1, min(8, CORES // 2)), "metavar": "N"},
+        help="rows that are compiled at a time (half as many as CPUs, 8 at most)",
+    )
     p.add_argument("--out", type=Path, help="write the report here after each row, as JSON")
     p.add_argument("--markdown", action="store_true", help="print a table at the end")
     p.add_argument("--show", type=Path, nargs="+", help="print the tables of reports, time nothing")
@@ -578,14 +635,13 @@ def chosen_cases(args) -> list[Case]:
     bad = [n for n in args.lengths if n <= 0 or n % T.BLOCK]
     if bad:
         raise T.InputError(f"--lengths {bad[0]}: give multiples of {T.BLOCK}")
-    if min(args.rows, args.window, args.repeats) < 1 or args.doc_mean < 1:
-        raise T.InputError("--rows, --window, --repeats and --doc-mean must be at least 1")
+    if min(args.rows, args.window, args.repeats, args.workers, args.doc_mean) < 1:
+        words = "--rows, --window, --repeats, --workers and --doc-mean"
+        raise T.InputError(f"{words} must be at least 1")
     if not torch.cuda.is_available() and max(args.lengths) > CPU_LENGTH:
         raise T.InputError(
             f"no NVIDIA GPU here, so every mask is T x T: give --lengths of at most {CPU_LENGTH}"
         )
-    if args.out and args.out.exists():
-        raise T.InputError(f"{args.out} is there already: name another --out")
     if args.out and not args.out.parent.is_dir():
         raise T.InputError(f"--out {args.out}: make the folder {args.out.parent} first")
     try:
@@ -598,36 +654,77 @@ def chosen_cases(args) -> list[Case]:
     return cases
 
 
-def bench(args, cases: list[Case]) -> dict:
-    """Every case at every length -> the report; a line for each row as it goes."""
+def begin_report(args) -> dict:
+    """An empty one, or that of --out to go on with; InputError where that is of another machine,
+    other settings or another version of this program."""
     cuda = torch.cuda.is_available()
     settings = {"device": "cuda" if cuda else "cpu", "dtype": "bfloat16" if cuda else "float32"}
-    settings |= {
-        k: getattr(args, k) for k in ("lengths", "rows", "window", "doc_mean", "repeats", "cases")
-    }
+    settings |= {k: getattr(args, k) for k in ("rows", "window", "doc_mean", "repeats")}
     report = {
         "machine": gpu_report.machine() | {"transformers": transformers_version()},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "settings": settings,
-        "notes": NOTES,
+        "notes": list(NOTES),
         "rows": [],
     }
-    worker, ends = Worker(settings), time.monotonic() + 60 * args.minutes
+    if not (args.out and args.out.exists()):
+        return report
+    old = read_report(args.out)
+    other = [key for key in ("machine", "settings", "notes") if old[key] != report[key]]
+    if other:
+        raise T.InputError(f"{args.out} has other {', '.join(other)}: name another --out")
+    return old
+
+
+def is_done(row: dict) -> bool:
+    """A row that is not tried again: one with figures, or one that failed by itself."""
+    return not row.get("reason", "").startswith(("not run", "not done", "skipped"))
+
+
+def write_report(report: dict, path: Path) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def measure_rows(
+    args, settings: dict, jobs: list[tuple[Case, int]]
+) -> Iterator[tuple[Case, int, dict]]:
+    """Each job with its row; those that --minutes leaves no time for have that as their reason."""
+    ends, n = time.monotonic() + 60 * args.minutes, args.workers
+    workers = [Worker(settings) for _ in range(min(n, len(jobs)))]
+    threads = str(max(1, CORES // n))
     try:
-        for number, (length, case) in enumerate((n, c) for n in args.lengths for c in cases):
-            left = ends - time.monotonic()
-            row = {"reason": f"not run: {args.minutes:g} minutes were over"}
-            if left > 0:
-                row = worker.run(case, length, min(args.row_seconds, left))
-            row = {"case": case.name, "length": length, **row}
-            report["rows"].append(row)
-            of = len(cases) * len(args.lengths)
-            print(f"{number + 1}/{of}  T {length:,}  " + "  ".join(filter(None, cells(row))))
-            sys.stdout.flush()
-            if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+        with mock.patch.dict(os.environ, {"TORCHINDUCTOR_COMPILE_THREADS": threads}):
+            while jobs and time.monotonic() < ends:
+                some, jobs = jobs[:n], jobs[n:]
+                rows = side_by_side(workers, some, args.row_seconds, ends)
+                for job, row in zip(some, rows, strict=True):
+                    yield *job, row
     finally:
-        worker.stop()
+        for worker in workers:
+            worker.stop()
+    for job in jobs:
+        yield *job, {"reason": f"not run: {args.minutes:g} minutes were over"}
+
+
+def bench(args, cases: list[Case]) -> dict:
+    """Every case at every length -> the report; a line for each row as it goes."""
+    report = begin_report(args)
+    rows = {(row["case"], row["length"]): row for row in report["rows"]}
+    jobs = [(case, length) for length in args.lengths for case in cases]
+    todo = [(c, n) for c, n in jobs if (c.name, n) not in rows or not is_done(rows[c.name, n])]
+    done = len(jobs) - len(todo)
+    if done:
+        print(f"{done} of {len(jobs)} rows are there already")
+    for case, length, row in measure_rows(args, report["settings"], todo):
+        rows[case.name, length] = {"case": case.name, "length": length, **row}
+        report["rows"], done = list(rows.values()), done + 1
+        words = filter(None, cells(rows[case.name, length]))
+        print(f"{done}/{len(jobs)}  T {length:,}  " + "  ".join(words), flush=True)
+        if args.out:
+            write_report(report, args.out)
     return report
 
 

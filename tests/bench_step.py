@@ -1,18 +1,25 @@
 """Where a training step's time goes, on any GPU: `python tests/bench_step.py --data DIR`, or under
 `torchrun --standalone --nproc-per-node N` on several.
 
-For each arm: seconds of warm-up (compilation), ms a step and tokens/s at some long windows, peak
-memory; with --profile, also the GPU time of one step by kind of kernel. On several GPUs also every
-collective alone, and with --profile how much of NCCL's time no other kernel covers. Not a test: it
-asserts nothing and prints what it measures. `python -m records.scaling --steps ONE.json TWO.json`
-makes of two of its --out files what more GPUs would cost.
+For each arm: seconds of warm-up (compilation), ms a step and tokens/s at some long windows, ms of
+host time a step, peak memory. With --profile, also the GPU time of a step by kind of kernel, and
+between which kernels the GPU was idle; --trace FOLDER keeps the profiles, for Perfetto. On several
+GPUs also every collective alone, and with --profile how much of NCCL's time no other kernel covers.
+Not a test: it asserts nothing and prints what it measures. `python -m records.scaling --steps
+ONE.json TWO.json` makes of two of its --out files what more GPUs would cost.
+
+A profile is of as many consecutive steps as --adam-every says, after as many others, so that the
+host is as far ahead as in training. Its figures are of one step, on average.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import gc
+import gzip
+import itertools
 import json
 import re
 import sys
@@ -70,19 +77,63 @@ def timed(trainer: T.Trainer, window: int, steps: int) -> float:
     return 1000 * (time.perf_counter() - began) / steps
 
 
+def host_times(trainer: T.Trainer, steps: int) -> dict:
+    """ms that the host takes to queue a step, and to get its batch; means over `steps` after one
+    unmeasured. The device has nothing else to do, so that the host waits for it only where a step
+    waits, or has more launches than the device's queue takes."""
+    sums = {"step": 0.0, "batch": 0.0}
+    batches = trainer.default_batches(trainer.steps[: steps + 1], trainer.cfg, trainer.world)
+    for i, step in enumerate(trainer.steps[: steps + 1]):
+        began = time.perf_counter()
+        batch = next(batches)
+        got = time.perf_counter()
+        trainer.world.synchronize()
+        ready = time.perf_counter()
+        trainer.train_step(step, batch)
+        if i:
+            sums["step"] += time.perf_counter() - ready
+            sums["batch"] += got - began
+    trainer.world.synchronize()
+    return {name: 1000 * seconds / steps for name, seconds in sums.items()}
+
+
 class Span(NamedTuple):
-    """What the GPU did, from when to when, ms."""
+    """What the GPU did, from when to when, ms; when the host had asked for it, if that is known."""
 
     name: str
     start: float
     end: float
+    asked: float | None = None
 
 
 def spans_of(trace: dict) -> list[Span]:
     """Kernels, copies and fills of a profile in Chrome's format, whose times are in us."""
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    events = [e for e in trace["traceEvents"] if e.get("cat") in kinds]
-    return [Span(e["name"], e["ts"] / 1000, (e["ts"] + e["dur"]) / 1000) for e in events]
+    kinds, calls = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
+    asked = {
+        e["args"]["correlation"]: (e["ts"] + e["dur"]) / 1000
+        for e in trace["traceEvents"]
+        if e.get("cat") in calls and "correlation" in e.get("args", ())
+    }
+    return [
+        Span(
+            e["name"],
+            e["ts"] / 1000,
+            (e["ts"] + e["dur"]) / 1000,
+            asked.get(e.get("args", {}).get("correlation")),
+        )
+        for e in trace["traceEvents"]
+        if e.get("cat") in kinds
+    ]
+
+
+MARK = "spin_kernel"  # of torch.cuda._sleep, which nothing else calls: a step begins
+
+
+def between_marks(spans: list[Span]) -> list[Span]:
+    """Those from the first mark to the last, both included, in order of their beginning."""
+    marks = [s.start for s in spans if MARK in s.name]
+    inside = (s for s in spans if min(marks) <= s.start <= max(marks))
+    return sorted(inside, key=lambda s: s.start)
 
 
 def merged(spans: list[Span]) -> list[tuple[float, float]]:
@@ -100,7 +151,49 @@ def length(intervals: list[tuple[float, float]]) -> float:
     return sum(end - start for start, end in intervals)
 
 
-def communication(spans: list[Span]) -> dict:
+class Gap(NamedTuple):
+    """ms in which the GPU did nothing, after which kernel and before which; how many of them were
+    over before the host had asked for the latter, if that is known."""
+
+    ms: float
+    before: str
+    after: str
+    host: float | None
+
+
+LONG_GAP = 0.02  # ms
+
+
+def gaps(spans: list[Span]) -> list[Gap]:
+    """In order of time."""
+    out, last = [], None
+    for s in sorted(spans, key=lambda s: s.start):
+        if last is not None and s.start > last.end:
+            ms = s.start - last.end
+            host = None if s.asked is None else min(ms, max(0.0, s.asked - last.end))
+            out.append(Gap(ms, last.name, s.name, host))
+        if last is None or s.end > last.end:
+            last = s
+    return out
+
+
+def idleness(spans: list[Span], steps: int = 1, top: int = 10) -> dict:
+    """Of a step: ms without any work; in how many gaps above LONG_GAP, of how many ms together, and
+    for how many of these the host was late, or None where no launch is known. The `top` longest
+    gaps of all steps."""
+    found = gaps(spans)
+    far = [gap for gap in found if gap.ms > LONG_GAP]
+    late = [gap.host for gap in far if gap.host is not None]
+    return {
+        "idle_ms": sum(gap.ms for gap in found) / steps,
+        "long_gaps": len(far) / steps,
+        "long_gaps_ms": sum(gap.ms for gap in far) / steps,
+        "host_late_ms": sum(late) / steps if late else None,
+        "longest": [gap._asdict() for gap in sorted(found, key=lambda gap: -gap.ms)[:top]],
+    }
+
+
+def communication(spans: list[Span], steps: int = 1) -> dict:
     """ms of a step: of NCCL's kernels (a moment counts once), of these with and without another
     kernel beside them, of nothing at all; and NCCL's by its kernel. A rank that is early waits in
     a collective for the others, and that counts as the collective's time."""
@@ -109,45 +202,72 @@ def communication(spans: list[Span]) -> dict:
     busy, total, by_name = length(merged(spans)), length(merged(nccl)), collections.Counter()
     exposed = busy - length(merged(other))
     for s in nccl:
-        by_name[s.name.partition("(")[0]] += s.end - s.start
+        by_name[s.name.partition("(")[0]] += (s.end - s.start) / steps
     whole = max(s.end for s in spans) - min(s.start for s in spans)
     return {
-        "step_ms": whole,
-        "nccl_ms": total,
-        "hidden_ms": total - exposed,
-        "exposed_ms": exposed,
-        "idle_ms": whole - busy,
+        "step_ms": whole / steps,
+        "nccl_ms": total / steps,
+        "hidden_ms": (total - exposed) / steps,
+        "exposed_ms": exposed / steps,
+        "idle_ms": (whole - busy) / steps,
         "by_name": dict(by_name.most_common()),
     }
 
 
-def record(trainer: T.Trainer) -> list[Span]:
-    """One step's work on this rank's GPU; all ranks begin it together."""
-    batch = next(iter(trainer.default_batches(trainer.steps[:2], trainer.cfg, trainer.world)))
+def record(trainer: T.Trainer, keep: str, name: str) -> tuple[list[Span], int]:
+    """(the work of steps on this rank's GPU, how many steps); all ranks begin them together. The
+    profile itself: NAME.json.gz in the folder `keep`, if that is one."""
+    first = trainer.steps[: trainer.cfg.optim.adam_every]
     for _ in range(2):  # the first starts the profiler itself
+        batches = trainer.default_batches([*first, *first], trainer.cfg, trainer.world)
         trainer.world.synchronize()
         trainer.world.barrier()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
-            trainer.train_step(trainer.steps[0], batch)
+            for ahead, step in itertools.product((True, False), first):
+                if not ahead:
+                    torch.cuda._sleep(1)
+                trainer.train_step(step, next(batches))
+            torch.cuda._sleep(1)
             trainer.world.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
+    with contextlib.ExitStack() as stack:
+        folder = keep or stack.enter_context(tempfile.TemporaryDirectory())
+        file = Path(folder) / f"{name}.json.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
         p.export_chrome_trace(str(file))
-        return spans_of(json.loads(file.read_text()))
+        with gzip.open(file) as f:
+            return between_marks(spans_of(json.load(f))), len(first)
 
 
-def print_kinds(spans: list[Span], top: int) -> None:
+def print_kinds(spans: list[Span], top: int, steps: int = 1) -> None:
     sums, names, counts = (collections.Counter() for _ in range(3))
     for s in spans:
-        sums[kind_of(s.name)] += s.end - s.start
-        names[s.name[:90]] += s.end - s.start
+        if MARK in s.name:
+            continue
+        sums[kind_of(s.name)] += (s.end - s.start) / steps
+        names[s.name[:90]] += (s.end - s.start) / steps
         counts[s.name[:90]] += 1
     total = sum(sums.values())
-    print(f"GPU time of one step by kind, {total:.1f} ms:")
+    of = "" if steps == 1 else f", mean of {steps}"
+    print(f"GPU time of one step{of} by kind, {total:.1f} ms:")
     for name, ms in sums.most_common():
         print(f"  {name:34s} {ms:8.2f} ms {ms / total:6.1%}")
     for name, ms in names.most_common(top):
-        print(f"  {ms:8.2f} ms x{counts[name]:<5d} {name}")
+        print(f"  {ms:8.2f} ms x{counts[name] / steps:<5g} {name}")
+
+
+def print_idleness(idle: dict) -> None:
+    late = idle["host_late_ms"]
+    print(
+        f"GPU idle for {idle['idle_ms']:.2f} ms of a step: {idle['long_gaps_ms']:.2f} in "
+        f"{idle['long_gaps']:g} gaps above {1000 * LONG_GAP:.0f} us, of which the host was late "
+        f"for {'an unknown time' if late is None else f'{late:.2f}'}. The longest:"
+    )
+    for gap in idle["longest"]:
+        before, after = (
+            "(a step begins)" if MARK in gap[k] else gap[k][:60] for k in ("before", "after")
+        )
+        late = "" if gap["host"] is None else f"host late {1000 * gap['host']:5.0f} us"
+        print(f"  {1000 * gap['ms']:6.0f} us  {late}  {before} -> {after}")
 
 
 def collectives(trainer: T.Trainer, times: int = 10) -> list[dict]:
@@ -186,8 +306,8 @@ def print_collectives(row: dict) -> None:
         print(f"| {rank} | {' | '.join(f'{x:.2f}' for x in cells)} |")
 
 
-def measure(arm: str, args) -> dict:
-    """A row of the results; on every rank, rank 0's is printed."""
+def measure(arm: str, number: int, args) -> dict:
+    """A row of the results, of the arm of this number; on every rank, rank 0's is printed."""
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -201,12 +321,15 @@ def measure(arm: str, args) -> dict:
     row |= {"candidates": args.candidates} if args.candidates else {}
     row |= {"compile_s": round(trainer.compile_s, 1), "peak_gb": peak, "ms": ms}
     row["tokens_per_s"] = {w: args.tokens / v * 1000 for w, v in ms.items()}
+    row["host_ms"] = host_times(trainer, args.steps)
     row["collectives"] = collectives(trainer)
     if args.profile and world.cuda:
-        spans = record(trainer)
-        row["communication"] = world.gather(communication(spans))
+        spans, steps = record(trainer, args.trace, f"arm{number}_rank{world.rank}")
+        row["communication"] = world.gather(communication(spans, steps))
+        row["idle"] = world.gather(idleness(spans, steps))
         if world.main:
-            print_kinds(spans, args.profile)
+            print_kinds(spans, args.profile, steps)
+            print_idleness(row["idle"][0])
     if world.main:
         print(json.dumps(row), flush=True)
         if world.size > 1:
@@ -229,12 +352,17 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=5, help="steps timed at each window")
     p.add_argument("--windows", type=int, nargs="+", default=[384, 896, 1408], help="tokens")
     p.add_argument("--profile", type=int, default=0, metavar="N", help="print the N top kernels")
+    p.add_argument(
+        "--trace", default="", metavar="FOLDER", help="keep the profiles there: arm0_rank0.json.gz"
+    )
     p.add_argument("--out", default="", help="write the rows here as JSON")
     args = p.parse_args()
+    if args.trace and not args.profile:
+        p.error("--trace keeps what --profile N records")
     T.set_environment()
     rows = []
-    for arm in args.arms:
-        rows.append(measure(arm, args))
+    for number, arm in enumerate(args.arms):
+        rows.append(measure(arm, number, args))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -244,7 +372,9 @@ def main() -> None:
             rates = "  ".join(
                 f"{w}: {r['ms'][w]:.1f} ms {v:,.0f}/s" for w, v in r["tokens_per_s"].items()
             )
-            print(f"{r['arm']:28s} warm-up {r['compile_s']:.0f} s  {r['peak_gb']:.1f} GB  {rates}")
+            host = f"host {r['host_ms']['step']:.1f} ms a step, {r['host_ms']['batch']:.1f} a batch"
+            begin = f"{r['arm']:28s} warm-up {r['compile_s']:.0f} s  {r['peak_gb']:.1f} GB"
+            print(f"{begin}  {rates}  {host}")
         if args.out:
             Path(args.out).write_text(json.dumps(rows, indent=1))
     world.close()

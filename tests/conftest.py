@@ -1,8 +1,9 @@
-"""One thread a worker, so that results are the same bits on every run; shared text; the table of
-faults over NCCL."""
+"""One thread a worker, so that results are the same bits on every run; shared text; what a test
+changes of its process; the table of faults over NCCL."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,6 +47,42 @@ def signals_as_before():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+# torch's own: a test may be the first that imports the compiler
+COMPILER = {
+    "recompile_limit": 8,
+    "fail_on_recompile_limit_hit": False,
+    "error_on_recompile": False,
+}
+
+
+@contextlib.contextmanager
+def compiler_as_before():
+    """The settings of torch._dynamo that a Trainer with --compile leaves in its process. Without an
+    import that no test needs: that one takes seconds."""
+    before, name = COMPILER, "torch._dynamo.config"
+    if name in sys.modules:
+        before = {key: getattr(sys.modules[name], key) for key in COMPILER}
+    yield
+    if name in sys.modules:
+        for key, value in before.items():
+            setattr(sys.modules[name], key, value)
+
+
+@pytest.fixture(autouse=True)
+def compiler_as_before_a_test():
+    with compiler_as_before():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler_as_before_a_file():
+    """Its graphs go, too: another file would count them, and its guards would be compared."""
+    with compiler_as_before():
+        yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -388,21 +388,6 @@ def on_ranks(size: int, work, folder: Path, *args) -> list:
 
 
 @contextlib.contextmanager
-def compiling():
-    """A run with --compile, whose settings of the compiler stay with it."""
-    names = ("recompile_limit", "error_on_recompile", "fail_on_recompile_limit_hit")
-    config = torch._dynamo.config
-    before = {name: getattr(config, name) for name in names}
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
-        for name, value in before.items():
-            setattr(config, name, value)
-
-
-@contextlib.contextmanager
 def own_modules_cache(folder: Path):
     """The code of loaded folders is copied below `folder`, not to the home directory. Python keeps
     the package that such copies are in, and the path to it: both are forgotten, or those of another

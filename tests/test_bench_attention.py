@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import time
+from typing import ClassVar
 
 import bench_attention as B
 import pytest
@@ -270,14 +271,99 @@ def test_report(tmp_path, capsys):
     assert len(table) == 2 + len(by_case) and len({line.count("|") for line in table}) == 1
 
 
+@pytest.mark.parametrize("name", ["flex: softmax", "block lists", "DiffLlama eager"])
+def test_alone_before_it_is_timed(name, monkeypatch):
+    """Once; what fills the memory already before it has any."""
+    if name in B.DIFFLLAMA:
+        pytest.importorskip("transformers")
+    said = []
+    for what in ("milliseconds", "make_inputs"):
+        own = getattr(B, what)
+        monkeypatch.setattr(B, what, lambda *a, w=what, own=own: said.append(w) or own(*a))
+    case = next(case for case in B.CASES if case.name.startswith(name))
+    assert "forward_ms" in B.measure(case, LENGTH, SETTINGS, lambda: said.append("alone"))
+    timed = ["milliseconds"] * (1 if case is B.LISTS else 2)
+    inputs = [] if case is B.LISTS else ["make_inputs"]
+    first = ["alone", *inputs] if name in B.DIFFLLAMA else [*inputs, "alone"]
+    assert said == [*first, *timed]
+
+
+class Fake:
+    """A Worker that says what it is asked: of length 128 it measures, of 256 it has a reason at
+    once, of 384 only when alone. said: of all of them."""
+
+    said: ClassVar[list] = []
+
+    def __init__(self, settings: dict):
+        self.row = None
+
+    def begin(self, case, length):
+        self.said.append(f"begin {length}")
+        self.row, self.length = None, length
+
+    def hear(self, seconds):
+        if self.row is None and self.length != 256:
+            return None
+        return self.row or {"reason": "skipped: at once"}
+
+    def go_on(self):
+        self.said.append(f"alone {self.length}")
+        self.row = {"reason": "wrong"} if self.length == 384 else {"ms": 1.0}
+
+    def stop(self):
+        self.said.append("stop")
+
+
+def test_prepared_together_timed_one_by_one(monkeypatch):
+    monkeypatch.setattr(Fake, "said", [])
+    workers = [Fake({}) for _ in range(4)]
+    jobs = [(B.LISTS, n) for n in (128, 256, 384)]
+    rows = B.side_by_side(workers, jobs, 60, time.monotonic() + 60)
+    assert next(rows) == {"ms": 1.0}
+    assert Fake.said == ["begin 128", "begin 256", "begin 384", "alone 128"]
+    assert list(rows) == [{"reason": "skipped: at once"}, {"reason": "wrong"}]
+    assert Fake.said[4:] == ["alone 384"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_goes_on(workers, tmp_path, monkeypatch):
+    """The same line again measures what is missing, other lengths and cases join, in their place;
+    a report of other settings stays as it is."""
+    monkeypatch.setattr(Fake, "said", [])
+    monkeypatch.setattr(B, "Worker", Fake)
+    out = tmp_path / "report.json"
+    line = ["--cases", "block lists|^flex: softmax$", "--out", str(out), "--workers", str(workers)]
+    assert B.main([*line, "--lengths", "128", "256", "--minutes", "0"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    order = [(row["case"], row["length"]) for row in rows]
+    assert [n for _, n in order] == [128, 128, 256, 256]
+    assert Fake.said == ["stop"] * min(workers, 4)
+    assert B.main([*line, "--lengths", "128", "256", "384"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["case"], row["length"]) for row in rows][:4] == order and len(rows) == 6
+    assert [row.get("ms") for row in rows[:2]] == [1.0, 1.0]
+    assert [row.get("reason") for row in rows[2:]] == ["skipped: at once"] * 2 + ["wrong"] * 2
+    Fake.said.clear()
+    assert B.main([*line, "--lengths", "128", "256", "384"]) == 0
+    assert [word for word in Fake.said if word != "stop"] == ["begin 256"] * 2  # skipped: once more
+    assert json.loads(out.read_text())["rows"] == rows
+    before = out.read_text()
+    assert B.main([*line, "--lengths", "128", "--repeats", "3"]) == 2
+    assert out.read_text() == before and [f.name for f in tmp_path.iterdir()] == ["report.json"]
+
+
 def strange(pipe, settings: dict) -> None:
-    """Stands in for `serve`: dies at length 1, hangs at length 2, else says who it is."""
+    """Stands in for `serve`: dies at length 1, hangs at length 2, else says who it is; at length 5
+    when it is alone."""
     while True:
         length = pipe.recv()[1]
         if length == 1:
             os._exit(7)
         if length == 2:
             time.sleep(600)
+        if length == 5:
+            pipe.send(None)
+            assert pipe.recv()
         pipe.send({"pid": os.getpid()} | ({"reason": "skipped: no"} if length == 3 else {}))
 
 
@@ -285,12 +371,20 @@ def strange(pipe, settings: dict) -> None:
 def test_worker_outlives_its_process(monkeypatch):
     monkeypatch.setattr(B, "serve", strange)
     worker = B.Worker(SETTINGS)
+
+    def run(length: int, seconds: float = 60) -> dict | None:
+        worker.begin(B.LISTS, length)
+        return worker.hear(seconds)
+
     try:
-        first = worker.run(B.LISTS, 3, 60)
-        assert worker.run(B.LISTS, 4, 60)["pid"] == first["pid"]  # a skipped row costs nothing
-        assert worker.run(B.LISTS, 2, 0.5) == {"reason": "not done after 0 s"}
-        assert worker.run(B.LISTS, 1, 60) == {"reason": "its process ended with code 7"}
-        assert worker.run(B.LISTS, 4, 60)["pid"] != first["pid"]
+        first = run(3)
+        assert run(4)["pid"] == first["pid"]  # a skipped row costs nothing
+        assert run(5) is None
+        worker.go_on()
+        assert worker.hear(60)["pid"] == first["pid"]
+        assert run(2, 0.5) == {"reason": "not done after 0 s"}
+        assert run(1) == {"reason": "its process ended with code 7"}
+        assert run(4)["pid"] != first["pid"]
     finally:
         worker.stop()
 
@@ -313,7 +407,6 @@ def test_a_missing_package_ends_no_process(monkeypatch):
         raise ImportError("it needs a package")
 
     monkeypatch.setattr(B, "measure", missing)
-    monkeypatch.setattr(B.T, "configure_compiler", lambda: None)
     B.serve(Pipe(), {"device": "cpu"})
     assert Pipe.sent == [{"reason": "skipped: ImportError: it needs a package"}]
 
@@ -343,9 +436,10 @@ def test_reason_of_a_compiler_error():
         (["--doc-mean", "0.5"], "at least 1"),
         (["--repeats", "0"], "at least 1"),
         (["--rows", "0"], "at least 1"),
+        (["--workers", "0"], "at least 1"),
         (["--cases", "("], "no regular expression"),
         (["--cases", "nobody"], "flex causal: softmax"),
-        (["--out", "there.json"], "there already"),
+        (["--out", "there.json"], "no report"),
         (["--out", "no/such.json"], "make the folder no first"),
         (["--show", "there.json"], "no report"),
         (["--show", "absent.json"], "no report"),

@@ -3,10 +3,12 @@ records/scaling.py calculates from its figures."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import types
 
 import bench_step as B
 import helpers as H
@@ -59,6 +61,128 @@ def test_what_hides_communication_is_another_kernel_at_that_time():
 )
 def test_kinds_of_kernels(kernel, kind):
     assert B.kind_of(kernel) == kind
+
+
+def test_when_the_host_had_asked():
+    """A launch is known by its number, from the runtime or, as Triton's, from the driver."""
+
+    def event(kind: str, name: str, at: float, end: float, number: int) -> dict:
+        return trace((kind, name, at, end))["traceEvents"][0] | {"args": {"correlation": number}}
+
+    events = [
+        event("cuda_runtime", "cudaLaunchKernel", 1.0, 1.5, 7),
+        event("kernel", "nvjet", 2.0, 3.0, 7),
+        event("cuda_driver", "cuLaunchKernelEx", 3.0, 3.5, 8),
+        event("kernel", "triton_poi", 4.0, 5.0, 8),
+        event("kernel", "orphan", 6.0, 7.0, 9),
+        *trace(("kernel", "old", 7.0, 8.0), ("cuda_runtime", "cudaMalloc", 0, 1))["traceEvents"],
+    ]
+    assert B.spans_of({"traceEvents": events}) == [
+        B.Span("nvjet", 2.0, 3.0, 1.5),
+        B.Span("triton_poi", 4.0, 5.0, 3.5),
+        B.Span("orphan", 6.0, 7.0, None),
+        B.Span("old", 7.0, 8.0, None),
+    ]
+
+
+MARK = "void spin_kernel(long)"
+STEPS = [  # ms; two streams, two steps after one that is none of ours
+    B.Span("before", 0, 5),
+    B.Span(MARK, 5, 5.5, 1),
+    B.Span("a", 6, 10, 5.75),  # 0.5 idle, for 0.25 of it the host was late
+    B.Span("long", 10, 20, 5.75),
+    B.Span("beside", 11, 12, 5.75),  # ends before: what follows waits for `long`
+    B.Span("b", 20.0625, 24, 6),  # 0.0625, all asked for
+    B.Span(MARK, 24, 24.5, 6),
+    B.Span("a", 24.515625, 30, 24.75),  # 0.015625, below 20 us; the host was late
+    B.Span("b", 32, 33),  # 2 of an unknown cause
+    B.Span(MARK, 33, 33.5, 6),
+    B.Span("after", 40, 50, 6),
+]
+
+
+def test_steps_are_between_marks():
+    assert B.between_marks(list(reversed(STEPS))) == STEPS[1:-1]
+
+
+def test_gaps_and_who_was_late():
+    assert B.gaps([]) == [] == B.gaps(STEPS[:1])
+    spans = B.between_marks(STEPS)
+    found = [
+        (0.5, MARK, "a", 0.25),
+        (0.0625, "long", "b", 0.0),
+        (0.015625, MARK, "a", 0.015625),
+        (2, "a", "b", None),
+    ]
+    assert B.gaps(list(reversed(spans))) == [B.Gap(*gap) for gap in found]
+    got = B.idleness(spans, steps=2, top=2)
+    longest = got.pop("longest")
+    assert [(gap["ms"], gap["before"], gap["after"]) for gap in longest] == [
+        (2, "a", "b"),
+        (0.5, MARK, "a"),
+    ]
+    assert got == {
+        "idle_ms": 2.578125 / 2,
+        "long_gaps": 1.5,
+        "long_gaps_ms": 2.5625 / 2,
+        "host_late_ms": 0.125,
+    }
+    assert got["idle_ms"] == B.communication(spans, 2)["idle_ms"]
+    unknown = B.idleness([s._replace(asked=None) for s in spans])
+    assert unknown["host_late_ms"] is None and unknown["long_gaps"] == 3
+
+
+def test_idleness_is_printed(capsys):
+    B.print_kinds(B.between_marks(STEPS), 2, steps=2)
+    B.print_idleness(B.idleness(B.between_marks(STEPS), steps=2))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("GPU time of one step, mean of 2 by kind, ")
+    assert not any("spin" in line for line in said)
+    assert "      5.00 ms x0.5   long" in said
+    idle = next(i for i, line in enumerate(said) if line.startswith("GPU idle"))
+    assert "1.29 ms of a step: 1.28 in 1.5 gaps above 20 us" in said[idle]
+    assert "the host was late for 0.12" in said[idle]
+    assert said[idle + 1].split() == ["2000", "us", "a", "->", "b"]
+    assert said[idle + 2].endswith("500 us  host late   250 us  (a step begins) -> a")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_profiled(every, kept, tmp_path, monkeypatch):
+    """Twice: as many steps to be ahead as are recorded, each of these after a mark, and a last."""
+    done = []
+
+    class Profile:
+        def __init__(self, **_):
+            done.clear()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            done.append("end")
+
+        def export_chrome_trace(self, path):
+            names = [MARK if name == "mark" else name for name in done]
+            spans = [("kernel", name, 2 * i, 2 * i + 1) for i, name in enumerate(names)]
+            with gzip.open(path, "wt") as f:
+                json.dump(trace(*spans), f)
+
+    calm = types.SimpleNamespace(synchronize=lambda: None, barrier=lambda: None)
+    trainer = types.SimpleNamespace(
+        **{"steps": ["s0", "s1", "s2"], "world": calm, "cfg": B.T.make_config(adam_every=every)},
+        default_batches=lambda steps, *_: iter([f"batch of {s}" for s in steps]),
+        train_step=lambda step, batch: done.append(f"{step}, {batch}"),
+    )
+    monkeypatch.setattr(B.torch.profiler, "profile", Profile)
+    monkeypatch.setattr(B.torch.cuda, "_sleep", lambda _: done.append("mark"), raising=False)
+    folder = tmp_path / "traces"
+    spans, steps = B.record(trainer, str(folder) if kept else "", "arm0_rank0")
+    own = [f"s{i}, batch of s{i}" for i in range(every)]
+    assert done == [*own, *(w for step in own for w in ("mark", step)), "mark", "end"]
+    assert steps == every
+    assert [s.name for s in spans] == [MARK if n == "mark" else n for n in done[every:-1]]
+    assert [f.name for f in folder.glob("*")] == (["arm0_rank0.json.gz"] if kept else [])
 
 
 def test_merged_joins_what_touches():
@@ -118,6 +242,7 @@ def test_two_ranks_time_their_collectives(text_data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(out.read_text())
     assert row["world"] == 2 and row["ms"]["128"] > 0 and "communication" not in row
+    assert row["host_ms"]["step"] > 0 and row["host_ms"]["batch"] >= 0
     whats = [c["what"] for c in row["collectives"]]
     assert whats == ["reduce-scatter", "all-gather"] * (len(whats) // 2)
     assert all(c["ms"] > 0 and c["bytes"] % (2 * 4) == 0 for c in row["collectives"])

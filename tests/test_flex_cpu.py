@@ -26,13 +26,6 @@ LENGTH = 384  # three blocks
 compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def clean_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -35,15 +35,12 @@ ROUNDING = 2e-3  # one rounding to bfloat16 is 1.7e-3 in that norm
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_references():
-    """fp32 products in fp32, not TF32; a clean compiler before and after."""
+    """fp32 products in fp32, not TF32; the compiler as in a run."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    torch._dynamo.reset()
     T.configure_compiler()
     yield
     torch.set_float32_matmul_precision(before)
-    torch._dynamo.config.error_on_recompile = False
-    torch._dynamo.reset()
 
 
 def graphs() -> int:
@@ -374,14 +371,15 @@ def read_log(folder: Path) -> dict[str, list[dict]]:
 
 def train_twice(cfg: T.Config) -> tuple[T.Trainer, list[dict], int, bool]:
     """Warm-up, a run, reset, the same run: (trainer, both logs, graphs made after the warm-up,
-    whether a recompile was an error then)."""
-    trainer = T.Trainer(cfg)
-    trainer.warm_up()
-    before, strict = graphs(), torch._dynamo.config.error_on_recompile
-    trainer.run()
-    trainer.reset(cfg.run.seed)
-    trainer.cfg = trainer.cfg.with_(run_id="second")
-    trainer.run()
+    whether a recompile was an error then). For fixtures of a file, too: it is none afterwards."""
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        trainer = T.Trainer(cfg)
+        trainer.warm_up()
+        before, strict = graphs(), torch._dynamo.config.error_on_recompile
+        trainer.run()
+        trainer.reset(cfg.run.seed)
+        trainer.cfg = trainer.cfg.with_(run_id="second")
+        trainer.run()
     logs = [read_log(Path(cfg.run.out) / name) for name in ("first", "second")]
     return trainer, logs, graphs() - before, strict
 
@@ -390,10 +388,7 @@ def train_twice(cfg: T.Config) -> tuple[T.Trainer, list[dict], int, bool]:
 def trained(tmp_path_factory):
     torch._dynamo.reset()
     folder = write_tokens(tmp_path_factory.mktemp("tokens"), SIZES)
-    try:
-        return train_twice(trainer_config(folder))
-    finally:
-        torch._dynamo.config.error_on_recompile = False
+    return train_twice(trainer_config(folder))
 
 
 def test_trainer_does_not_recompile(trained):

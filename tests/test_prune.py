@@ -31,10 +31,12 @@ def by_hand(rank, seen, first, budget: int) -> torch.Tensor:
     return out
 
 
+@pytest.mark.parametrize("queries", [5, 256])
 @pytest.mark.parametrize("budget", [2, 3, 7, LENGTH])
-def test_kept_keys(budget):
+def test_kept_keys(budget, queries, monkeypatch):
     """Against the list, with documents and a window; at most the budget; what is gone stays gone;
     the newest and a document's first stay."""
+    monkeypatch.setattr(prune, "QUERIES", queries)
     docs = A.documents()
     seen, first = T.dense_mask(docs, torch.tensor([11])), T.starts_of(docs)
     gen = torch.Generator().manual_seed(0)
@@ -50,6 +52,28 @@ def test_kept_keys(budget):
     assert kept_first.all()
     if budget == LENGTH:
         assert torch.equal(got, seen.expand_as(got))
+
+
+@pytest.mark.parametrize("window", [3, 11, LENGTH])
+@pytest.mark.parametrize("budget", [2, 3, 7, LENGTH])
+def test_newest_keys(budget, window):
+    """What goes by age is known without a look at what went before, also where a document's first
+    token leaves the window."""
+    at = torch.arange(LENGTH)
+    docs, age = A.documents(), (at[:, None] - at).float().expand(2, 1, -1, -1)
+    seen, first = T.dense_mask(docs, torch.tensor([window])), T.starts_of(docs)
+    want = prune.kept_keys(age, seen, first, budget)
+    assert torch.equal(prune.newest_keys(seen, first, budget), want)
+    assert torch.equal(by_hand(age[0, 0], seen[0, 0], first[0], budget), want[0, 0])
+
+
+def test_order_of_ranks():
+    """By rank, of equals the older; zeros of both signs are equal."""
+    rank = torch.tensor([0.5, -torch.inf, 0.0, -0.0, -2.0, 3e-39, -torch.inf, -1.0, 0.5, torch.inf])
+    order = prune.in_order(rank).tolist()
+    want = sorted(range(len(rank)), key=lambda j: (float(rank[j]), -j))
+    assert sorted(range(len(rank)), key=order.__getitem__) == want
+    assert len(set(order)) == len(rank) and min(order) > torch.iinfo(torch.int64).min
 
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -178,6 +202,104 @@ def test_command(arm, text, tmp_path, capsys):
     assert points["own", "masked", 1.0] == pytest.approx(float(nats), rel=1e-5)
 
 
+@pytest.fixture
+def command(text, tmp_path):
+    """(words -> exit code) of two runs on 5 documents, in one folder; what prune.json then says."""
+    checkpoint(tmp_path / "soft")
+    checkpoint(tmp_path / "own", arm="selective")
+    file = tmp_path / "out" / "prune.json"
+
+    def call(*runs, more=()) -> int:
+        words = [str(tmp_path / run) for run in runs] + ["--out", str(file.parent)]
+        words += ["--data", str(text), "--documents", "5", "--kept", "1", "0.5", *more]
+        return prune.main(words)
+
+    return call, file
+
+
+def test_goes_on(command, monkeypatch):
+    """What was measured before it ended is there, and is not measured again; another run joins."""
+    call, file = command
+    losses, count = prune.losses, []
+
+    def two(*args):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(1)
+        return losses(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "losses", two)
+        with pytest.raises(KeyboardInterrupt):
+            call("own")
+    before = prune.read(file)["points"]
+    assert [(p.policy, p.share) for p in before] == [("masked", 1), ("masked", 0.5)]
+    assert not (file.parent / "prune.svg").exists()
+    count.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "losses", two)
+        assert call("own") == 0
+    first = prune.read(file)["points"]
+    assert first[:2] == before and len(first) == 4
+    assert call("soft") == 0
+    both = prune.read(file)["points"]
+    assert both[:4] == first and [p.run for p in both[4:]] == ["soft"] * 2
+    assert [f.name for f in file.parent.glob("*.json")] == ["prune.json"]
+    assert call("own", more=["--documents", "4"]) == 2
+    assert call("own", "soft", "own") == 2
+    assert prune.read(file)["points"] == both
+
+
+def test_other_weights_are_measured(command):
+    """A run that was trained anew, or of which nobody knows the weights: its points go."""
+    call, file = command
+    assert call("soft", "own") == 0
+    said = prune.read(file)
+    strange = {"soft": "0" * 64, "own": None}
+    said["points"] = [
+        prune.Point(**{**vars(p), "weights": strange[p.run], "loss": -1.0}) for p in said["points"]
+    ]
+    prune.write(file, {**said, "text": None})
+    assert call("soft") == 0
+    points = prune.read(file)["points"]
+    assert {p.run: p.loss > 0 for p in points} == {"soft": True, "own": False}
+    assert call("own") == 0
+    points = prune.read(file)["points"]
+    assert len(points) == 6 and all(p.loss > 0 for p in points)
+
+
+def test_draws_what_is_there(command, capsys):
+    call, file = command
+    assert call("soft") == 0
+    plot = file.parent / "prune.svg"
+    plot.unlink()
+    text = file.read_text()
+    assert prune.main(["--out", str(file.parent)]) == 0
+    assert plot.is_file() and file.read_text() == text
+    plot.unlink()
+    file.write_text("{}")
+    assert prune.main(["--out", str(file.parent)]) == 2
+    assert "is no file of evals/prune.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["softmax", "selective,selector=2"])
+def test_documents_in_one_call_or_several(arm, text, tmp_path, monkeypatch):
+    run = checkpoint(tmp_path / "r", arm=arm)
+    rows = prune.long_documents(T.Corpus.open(str(text)), 64, 5)
+    want = list(prune.measure(run, rows, [1.0, 0.1], "cpu", set()))
+    assert len(want) == (4 if "selective" in arm else 2)
+    monkeypatch.setitem(prune.CALL_NUMBERS, "cpu", 2 * 2 * 64**2)  # two rows of two heads
+    for a, b in zip(prune.measure(run, rows, [1.0, 0.1], "cpu", set()), want, strict=True):
+        assert (a.kept, a.loss) == (b.kept, pytest.approx(b.loss, rel=1e-6))
+
+
+def test_paired_heads_are_refused(text, tmp_path, capsys):
+    """Their rows have every token twice, and a cache of a token is two keys."""
+    run = checkpoint(tmp_path / "r", long_layers=(0, 2), paired=(1,))
+    assert prune.main([str(run), "--data", str(text), "--out", str(tmp_path / "o")]) == 2
+    assert "has --paired layers" in capsys.readouterr().err
+
+
 def test_bad_words(text, tmp_path, capsys):
     run = str(checkpoint(tmp_path / "r"))
     for words, said in (
@@ -185,6 +307,7 @@ def test_bad_words(text, tmp_path, capsys):
         (["--tokens", "1"], "2 or more"),
         (["--tokens", str(10**6)], "lower --tokens"),
         (["--data", str(tmp_path / "no")], "no folder of tokens"),
+        (["--data", ""], "which text"),
     ):
         argv = [run, "--data", str(text), "--out", str(tmp_path / "o"), *words]
         assert prune.main(argv) == 2, words

@@ -382,8 +382,7 @@ def test_compiled_equals_eager_without_recompiling(text_data, tmp_path):
     """Warm-up makes the graphs of every size of candidates, and turns make none."""
     cfg = config(text_data, tmp_path, save_every=0, looks=2, n_layer=1, long_layers=(0,))
     cfg = cfg.with_(value_tables=0)
-    with H.compiling():
-        T.train(cfg.with_(compile=True, run_id="compiled"))
+    T.train(cfg.with_(compile=True, run_id="compiled"))
     T.train(cfg.with_(run_id="eager"))
     a, b = (H.losses(tmp_path / name) for name in ("compiled", "eager"))
     assert len(a) == 14 and a == pytest.approx(b, abs=1e-4)

@@ -263,6 +263,8 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
         ("selective", {"row_tokens": 16_384}, "--row-tokens 16384: selective arms keep row x row"),
         ("selective", {"val_row_tokens": 262_144}, "--val-row-tokens 262144: "),
         ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 numbers"),
+        ("selective,selector=6", {}, "; 131072 would do"),
+        ("selective,selector=6", {"val_row_tokens": 1536, "val_call_tokens": 393_216}, "; 196608 "),
         ("selective", {"deterministic": True}, "--deterministic needs chunked"),
         ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
         ("softmax,selective=true", {}, "has the arm selective"),

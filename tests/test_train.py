@@ -374,8 +374,7 @@ def test_compiled_equals_eager_without_recompiling(text_data, tmp_path):
     stages = (T.Stage(0.5, 256, 1.0, (128, 256)), T.Stage(0.5, 512, 1.0, (256, 512)))
     cfg = H.tiny(text_data, tmp_path, stages=stages, tokens=256 * 12, ext_window=640, n_layer=1)
     cfg = cfg.with_(long_layers=(0,), value_tables=0, arm="diff_v2", micro_batch_tokens=128)
-    with H.compiling():
-        T.train(cfg.with_(compile=True, run_id="compiled"))
+    T.train(cfg.with_(compile=True, run_id="compiled"))
     T.train(cfg.with_(run_id="eager"))
     a, b = (H.losses(tmp_path / name) for name in ("compiled", "eager"))
     assert len(a) == 8 and a == pytest.approx(b, abs=1e-4)
