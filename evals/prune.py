@@ -9,10 +9,11 @@ that is shorter. When a new key is one too many, one goes for good. Which one:
              so a key that is gone would be masked ever after. Layers that mask nothing go by age
     age      the oldest: what any model can do
 
-The newest key and a document's first are never given up. What is read: documents of dev that have
-more tokens than --tokens, cut there, one a row. The loss is the mean over all their tokens, and the
-other one over those of the second half, where small caches are full. Attention is computed on dense
-masks: this measures loss and not speed. FOLDER gets prune.json, prune.svg and prune.png.
+The newest key and a document's first are never given up, nor any of a copy head's. What is read:
+documents of dev that have more tokens than --tokens, cut there, one a row. The loss is the mean
+over all their tokens, and the other one over those of the second half, where small caches are full.
+Attention is computed on dense masks: this measures loss and not speed. FOLDER gets prune.json,
+prune.svg and prune.png.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
             rank = ages(length, q.device) if taken is None or policy == "age" else taken
             rank = rank.expand(q.size(0), -1, -1, -1)
             seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
-            kept = kept_keys(rank, seen, ctx.starts, budget)
+            first = T.repeated(ctx.starts, length // ctx.starts.size(1))  # paired heads: two keys
+            kept = kept_keys(rank, seen, first, budget)
             kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
             ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
         return attend(q, k, v, ctx, taken, *how)
@@ -134,14 +136,17 @@ def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
     for part in rows.split(max(1, CALL_TOKENS // rows.size(1))):
         part = part.to(device)
         docs = torch.zeros_like(part[:, :-1], dtype=torch.int32)
-        h = model(part[:, :-1].int(), docs, window)
-        out.append(head.losses(h.flatten(0, 1), part[:, 1:].flatten()).view_as(docs).cpu())
+        tokens, targets = part[:, :-1].int(), part[:, 1:]
+        h, copied, kept = model(tokens, docs, window), None, 0.0
+        if model.pointer is not None:
+            copied, kept = (t.flatten() for t in model.pointer(h, tokens, docs, targets))
+        nats = head.losses(h.flatten(0, 1), targets.flatten(), copied) - kept
+        out.append(nats.view_as(docs).cpu())
     return torch.cat(out)
 
 
 def measure(path: Path, rows: np.ndarray, shares: list[float], device: str) -> list[Point]:
     """A run's points. InputError where it is no model of this text."""
-    sample.refuse_copy(sample.meta_of(path)["config"], "evals/prune.py")
     model, meta = sample.load(path, device, rows.shape[1])
     tokens, points = torch.from_numpy(rows), []
     if int(tokens.max()) >= model.cfg.vocab:

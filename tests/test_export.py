@@ -52,6 +52,10 @@ CASES = {
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
     "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
     "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
+    "paired": ("demo", {"paired": (1, 2)}),
+    "copy": ("demo", {"copy": True, "arm": "diff_v2"}),
+    "ngram": ("demo", {"ngram": 256, "x0": False}),
+    "all of 2026": ("demo", {"paired": (1, 2), "copy": True, "ngram": 256, **IDEAS}),
     "selective": ("demo", {"arm": "selective,selector=2", **FAINT}),
     "selective own": ("demo", {"arm": "selective,selector=own", **FAINT, "key_offset": True}),
     "selective v2": ("demo", {"arm": "diff_v2,selective=true,window2=20", **FAINT}),
@@ -62,17 +66,26 @@ CASES = {
 }
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
 SELECTIVE = ("selective", "selective own", "selective v2")
-CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *SELECTIVE)
+NEW = ("paired", "copy", "ngram", "all of 2026")
+CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *NEW, *SELECTIVE)
+BAND = 50  # of the copy head, so that it binds, too
 
 
 # ---- models -------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path, preset: str, changes: dict, window: int = TRAINED, **meta) -> Path:
+def checkpoint(
+    folder: Path, preset: str, changes: dict, window: int = TRAINED, table_dtype=None, **meta
+) -> Path:
     """A run folder whose checkpoint has random parameters, none of them zero."""
     cfg = T.make_config(preset, **{**(GPT2 if preset == "gpt2" else SMALL), **changes})
     model = (gpt2.GPT2 if preset == "gpt2" else T.GPT)(cfg.model, LENGTH)
     H.randomise(model)
+    if cfg.model.copy:
+        model.pointer.gain.data.fill_(1.7)  # it points
+    if cfg.model.ngram:
+        model.ngram.make(table_dtype)
+        model.ngram.table.normal_(generator=torch.Generator().manual_seed(1))
     meta = {
         **{"step": 8, "steps": 8, "tokens": 2048, "train_s": 1.5, "window": window},
         **{"arm": cfg.model.arm, "config": cfg.flat()},
@@ -108,6 +121,13 @@ def load(folder: Path, **kwargs):
 def own_modules_cache(tmp_path_factory):
     """The code of loaded folders is copied to the home directory otherwise."""
     with H.own_modules_cache(tmp_path_factory.mktemp("modules")):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_band():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T, "COPY_BAND", BAND)
         yield
 
 
