@@ -122,6 +122,25 @@ def test_a_pruned_layer_is_a_forgetful_one(budget, policy):
         assert (got - arm(x, None, ctx)[0][0].view_as(got)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_paired_heads_have_two_keys_a_token():
+    """Rows of twice the length: half of them kept are so many keys; all, the layer's own output."""
+    cfg = T.make_config("demo", **{**SMALL, "paired": (1,)}).model
+    model = T.GPT(cfg, LENGTH).eval()
+    H.randomise(model)
+    tokens = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(0)).int()
+    inputs = (tokens, torch.zeros_like(tokens), torch.tensor([99, 99], dtype=torch.int32))
+    want, found = model(*inputs), {}
+    for share in (1.0, 0.5):
+        sizes = []
+        with prune.pruning(share, "age", sizes):
+            found[share] = model(*inputs)
+        full = 2 * LENGTH
+        assert sizes[1] == (round(share * full), full)
+        assert sizes[0] == (round(share * LENGTH), LENGTH)
+    assert torch.equal(found[1.0], want) and not torch.equal(found[0.5], want)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 SMALL = {
