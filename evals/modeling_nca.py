@@ -499,19 +499,21 @@ class Pointer(nn.Module):
     def forward(self, logits, h, some, rows, band, cache):
         """logits [B, n, V] of the positions `some` of h [B, T, d] -> log p [B, n, V]."""
         q, k = norm(self.q(h[:, some])), norm(self.k(h))[:, None]
-        q = q * (self.copy_gain * (15.36 / COPY_DIM)).to(q.dtype)
+        own = (self.copy_gain, self.copy_sink, self.copy_gate, self.copy_bias)
+        gain, sink, gate, bias = (p.float() for p in own)
+        q = q * (gain * (15.36 / COPY_DIM)).to(q.dtype)
         if cache is not None:
             reach(cache, self.slot)
             k, _ = cache.update(k, k[..., :0], self.slot)
         seen = rows.mask(band, None, 1)[:, 0][:, some]
         scores = (q.float() @ k[:, 0].float().mT).masked_fill(~seen, -torch.inf)
-        gate = h[:, some].float() @ self.copy_gate + self.copy_bias
-        total, log_a = torch.logaddexp(scores.logsumexp(-1), self.copy_sink), F.logsigmoid(gate)
-        kept = torch.logaddexp(F.logsigmoid(-gate), log_a + self.copy_sink - total)
+        gate = h[:, some].float() @ gate + bias
+        total, log_a = torch.logaddexp(scores.logsumexp(-1), sink), F.logsigmoid(gate)
+        kept = torch.logaddexp(F.logsigmoid(-gate), log_a + sink - total)
         weight = torch.exp(scores + (log_a - total)[..., None])
         where = rows.tokens[:, None].expand_as(weight)
         pieces = (t.flatten(0, 1).split(COPY_PIECE) for t in (logits, kept, weight, where))
-        return torch.cat([self.mixed(*some) for some in zip(*pieces)]).view_as(logits)
+        return torch.cat([self.mixed(*part) for part in zip(*pieces)]).view_as(logits)
 
     @staticmethod
     def mixed(logits, kept, weight, where):
