@@ -238,19 +238,19 @@ def state_of(model: T.GPT, meta: dict) -> dict[str, Tensor]:
 
 
 def build(model: T.GPT, meta: dict, eot: int) -> transformers.PreTrainedModel:
-    """The trainer's model as transformers', fp32, on the CPU; but an n-gram table, which may be all
-    that fits, is the trainer's own, wherever it is."""
-    stock, state = is_stock(model, meta), state_of(model, meta)
+    """The trainer's model as transformers', fp32, on the CPU. Only an n-gram table, of which a
+    second may not fit, is the trainer's own, wherever it is."""
+    stock = is_stock(model, meta)
+    state = {k: p.detach() for k, p in state_of(model, meta).items()}
     if stock:
         theirs = transformers.GPT2LMHeadModel(stock_config(model, eot))
     else:
         config = nca_config(model, meta, eot)
         with torch.device("meta"):  # or there would be two tables for a moment
             theirs = NCAForCausalLM(config)
-        moved = {k: p.detach().to("cpu", copy=True) for k, p in state.items() if k != TABLE}
-        state = {**state, **moved}
+        state |= {k: p.to("cpu", copy=True) for k, p in state.items() if k != TABLE}
     try:
-        theirs.load_state_dict({k: p.detach() for k, p in state.items()}, assign=not stock)
+        theirs.load_state_dict(state, assign=not stock)
         theirs.tie_weights()
     except RuntimeError as e:
         said = " ".join(str(e).split())

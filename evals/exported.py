@@ -115,9 +115,9 @@ def load(folder: str | Path, device: str, length: int) -> tuple[nn.Module, dict]
                 if name in places:  # not a buffer
                     numbers[places[name]] = value.flatten().float()
                     missing[places[name]] = False
-                elif name == export.TABLE:
+                elif name == export.TABLE and model.cfg.ngram:
                     model.ngram.table = value.view(model.ngram.rows, model.ngram.dim)
-        if getattr(model, "ngram", None) and model.ngram.table is None:
+        if model.cfg.ngram and model.ngram.table is None:
             raise RuntimeError(f"{export.TABLE} is not there")
         numbers[missing] = torch.from_numpy(dropped)
     except (OSError, SafetensorError, RuntimeError, TypeError) as e:

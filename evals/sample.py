@@ -99,7 +99,7 @@ def stream(
         h = model(shown, docs, window)
         z = h[:, -1:] @ model.head[: model.cfg.vocab].to(h.dtype).t()
         logits = T.softcap(z, model.softcap)
-        if model.pointer is not None:
+        if pointer_of(model) is not None:
             logits = model.pointer.mix(logits, h, shown, docs)
         logits = logits[0, 0].cpu()
         if not how.end:
@@ -135,11 +135,16 @@ def meta_of(path: str | Path) -> dict:
     return meta
 
 
+def pointer_of(model: nn.Module) -> T.Pointer | None:
+    """The copy head, whose part of p the head's softmax lacks, where the model has one."""
+    return getattr(model, "pointer", None)
+
+
 def by_dense_masks(model: nn.Module, flex: bool | None = False) -> None:
     """No FlexAttention, for a model that is called with many lengths and not compiled. flex: of a
     new model None."""
     model.flex = flex
-    if model.pointer is not None:
+    if pointer_of(model) is not None:
         model.pointer.flex = flex
 
 
@@ -152,7 +157,7 @@ def token_nats(
     tokens and docs [B, T]; targets [B, T] int64."""
     asked, head = targets >= 0, model.head[: model.cfg.vocab].to(h.dtype).t()
     parts = [h[asked], targets[asked]]
-    if model.pointer is not None:
+    if pointer_of(model) is not None:
         parts += [t[asked] for t in model.pointer(h, tokens, docs, targets)]
     nats = []
     for x, y, *mixed in zip(*(t.split(HEAD_PIECE) for t in parts)):
