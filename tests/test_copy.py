@@ -136,9 +136,8 @@ def test_fp8_head_has_the_same_gradients(monkeypatch):
 @pytest.mark.parametrize("cap", [30.0, 0.0, T.SHIFTED_CAP])
 def test_the_heads_part(cap):
     """losses_and_grad against autograd through token_losses; the copy's gradient as promised."""
-    z, targets = loss_case(40, VOCAB, torch.float32)
-    copied = copied_case(40).requires_grad_()
-    z.requires_grad_()
+    z, targets = loss_case(40, VOCAB)
+    z, copied = z.float().requires_grad_(), copied_case(40).requires_grad_()
     want = T.token_losses(z, targets, cap, copied)
     want.sum().backward()
     losses, grad = T.losses_and_grad(z.detach(), targets, cap, copied.detach())
@@ -170,7 +169,8 @@ def test_what_is_no_candidate_is_no_copy():
 
 
 def test_without_a_copy_the_loss_is_the_softmaxs():
-    z, targets = loss_case(40, VOCAB, torch.float32)
+    z, targets = loss_case(40, VOCAB)
+    z = z.float()
     none = torch.full((40,), T.NO_COPY)
     for a, b in zip(T.losses_and_grad(z, targets, CAP, none), T.losses_and_grad(z, targets, CAP)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
