@@ -317,9 +317,9 @@ class Tuning:
             self.save_kept()
         folder = trainer.folder
         T.write_exit(folder, [], T.EXIT_CODES["done"], "done")
-        model, meta = sample.load(folder, self.cfg.run.device, self.task.row)
+        trainer.model.load_state_dict(self.kept.weights)  # a second table of n-grams may not fit
         window = T.windows(self.start.window, trainer.world.device)
-        scores = self.task.score(model, meta, window)
+        scores = self.task.score(trainer.model, sample.meta_of(folder), window)
         (folder / "items.json").write_text(json.dumps(scores.items))
         steps = {"best_step": self.kept.step, "steps": len(trainer.steps)}
         return {"seed": seed, "run": name, **steps, "looks": self.looks, "figures": scores.figures}
@@ -477,10 +477,8 @@ def finetune(args: argparse.Namespace) -> list[dict]:
 def tune(start: Start, task: Task, args: argparse.Namespace) -> dict:
     """One task, all seeds."""
     tuning = Tuning(start, task, args)
-    device = tuning.trainer.world.device
-    model = start.model(tuning.trainer.cfg.model, task.row, tuning.trainer.dtype).to(device).eval()
-    before = task.before(model, start.meta, T.windows(start.window, device))
-    del model
+    window = T.windows(start.window, tuning.trainer.world.device)
+    before = task.before(tuning.trainer.model, start.meta, window)  # nothing has trained it yet
     tuning.trainer.park()  # after scoring, torch keeps many times what training needs
     if before is not None:
         (args.out / f"{task.name}_before.json").write_text(json.dumps(before.items))
