@@ -1971,7 +1971,7 @@ class Pointer(nn.Module):
     def by_hand(self, q, k, tokens, docs, targets) -> tuple[Tensor, Tensor]:
         """Logs of the sums of exp(score) over the tokens in reach, [B, T] each, nats: of all, and
         of those that are the target (others count as NO_COPY)."""
-        scores, seen = (q @ k.mT).float(), dense_mask(docs, self.band)[:, 0]
+        scores, seen = q.float() @ k.float().mT, dense_mask(docs, self.band)[:, 0]
         hit = tokens[:, None, :] == targets[:, :, None]
         both = torch.stack([scores, torch.where(hit, scores, NO_COPY)])
         return both.masked_fill(~seen, -math.inf).logsumexp(-1).unbind(0)
@@ -1982,7 +1982,7 @@ class Pointer(nn.Module):
         q, k = self.heads(h)
         n = logits.size(1)
         seen = dense_mask(docs, self.band)[:, 0, -n:]
-        scores = (q[:, -n:] @ k.mT).float().masked_fill(~seen, -math.inf)
+        scores = (q[:, -n:].float() @ k.float().mT).masked_fill(~seen, -math.inf)
         log_a, kept, total = self.shares(h[:, -n:], scores.logsumexp(-1))
         weight = torch.exp(scores - total[..., None])
         where = tokens[:, None, :].expand_as(weight).long()
@@ -2010,16 +2010,17 @@ class Ngram(nn.Module):
         self.register_buffer("signs", random_signs(self.dim))
         self.register_load_state_dict_pre_hook(Ngram.make_room)
 
-    def make(self) -> None:
-        """The table, all zero, beside the signs, where there is none."""
+    def make(self, dtype: torch.dtype | None = None) -> None:
+        """The table, all zero, beside the signs, where there is none; dtype: the model's."""
         if self.table is None:
             shape, device = (self.rows, self.dim), self.signs.device
-            self.table = torch.zeros(shape, dtype=self.dtype, device=device)
+            self.table = torch.zeros(shape, dtype=dtype or self.dtype, device=device)
 
     def make_room(self, state: dict, prefix: str, *_) -> None:
-        """Before `load_state_dict`: who brings no table brings zeros."""
+        """Before `load_state_dict`: who brings no table brings zeros. One made for a checkpoint has
+        its dtype: in an fp32 model the table of a GPU's run would take twice its memory."""
         if prefix + "table" in state:
-            self.make()
+            self.make(state[prefix + "table"].dtype)
         elif self.table is not None:
             state[prefix + "table"] = self.table.zero_()
 
@@ -2045,7 +2046,7 @@ class Ngram(nn.Module):
         if self.table is None:
             return self.signs.new_zeros(*tokens.shape, self.dim, dtype=dtype)
         rows, signs = self.places(tokens, starts)
-        return (F.embedding(rows, self.table) * self.signs[signs]).sum(-2).to(dtype)
+        return (F.embedding(rows, self.table).to(dtype) * self.signs[signs]).sum(-2)
 
     @torch.no_grad()
     def lookup(self, tokens: Tensor, docs: Tensor) -> Tensor:
@@ -2219,12 +2220,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, docs: Tensor, window: Tensor) -> Tensor:
-        """[B, T, V] fp32, padding rows cut off. For sampling and tests, not for training."""
+        """[B, T, V] fp32, without the head's padding rows; with a copy head log-probabilities. For
+        sampling and tests, not for training."""
         h = self(tokens, docs, window)
-        logits = softcap(h @ self.head.to(h.dtype).t(), self.softcap)
+        logits = softcap(h @ self.head[: self.cfg.vocab].to(h.dtype).t(), self.softcap)
         if self.pointer is not None:
             logits = self.pointer.mix(logits, h, tokens, docs)
-        return logits[..., : self.cfg.vocab]
+        return logits
 
 
 def init_parameters(model: nn.Module, seed: int) -> None:

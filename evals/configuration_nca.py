@@ -14,7 +14,7 @@ class NCAConfig(PreTrainedConfig):
     windows: the [long, short] attention windows in use, tokens; trained_windows: those of the last
         step. Load with `windows=config.trained_windows` to compute what was trained, exactly.
     blocks: for each {"mlp": width, "attention": None or a dict}, the latter with
-        arm: "softmax", "diff_v1", "diff_v2" or "selective"; heads: of the output
+        arm: "softmax", "paired", "diff_v1", "diff_v2" or "selective"; heads: of the output
         query_heads, key_heads, value_heads, key_dim, value_dim: shapes of q, k and v
         scale: factor on q.k; window: 0 for the long one, 1 for the short
         second_window: a cap on the second map's window, tokens, or None
@@ -28,6 +28,10 @@ class NCAConfig(PreTrainedConfig):
     qk_norm, gate, xsa, bias, x0, skip, backout, smear, bigram, bigram_dim, value_gate,
     attention_from, token_shares, mudd: as train_gpt.py --help has them.
     value_tables: their widths.
+    ngram: rows of the table for pairs and triples of tokens, or 0; ngram_dtype: their dtype, which
+        stays whatever the other weights are loaded as.
+    copy_band: the last tokens of a document, the present one among them, that the copy head points
+        to; 0 where there is none.
     """
 
     model_type = "nca_gpt"
@@ -61,6 +65,9 @@ class NCAConfig(PreTrainedConfig):
         token_shares=False,
         mudd=False,
         value_tables=(),
+        ngram=0,
+        ngram_dtype="bfloat16",
+        copy_band=0,
         bos_token_id=50256,
         eos_token_id=50256,
         pad_token_id=50256,
@@ -79,6 +86,7 @@ class NCAConfig(PreTrainedConfig):
         self.smear, self.bigram, self.bigram_dim = smear, bigram, bigram_dim
         self.value_gate, self.attention_from = value_gate, attention_from
         self.token_shares, self.mudd = token_shares, mudd
+        self.ngram, self.ngram_dtype, self.copy_band = ngram, ngram_dtype, copy_band
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id, self.use_cache = pad_token_id, use_cache
         self.tie_word_embeddings = tie_word_embeddings

@@ -148,7 +148,8 @@ def choice_losses(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 class ChoiceHead(T.Head):
     """The loop's head with the loss of a choice: targets are 1 and 0 at the end of each pair, five
-    pairs in a row are a question. `losses`, for dev_loss, is the language model's as ever."""
+    pairs in a row are a question. `losses`, for dev_loss, is the language model's as ever, but for
+    what a copy head adds to it."""
 
     def __init__(self, head: T.Head, row: int):
         super().__init__(head.weight, head.cap, head.dtype, fp8=False, compiled=False)
@@ -193,7 +194,7 @@ class Choice(ByAccuracy):
             model.head[self.new_row].normal_(0, NEW_STD, generator=gen)
 
     def adapt(self, trainer):
-        trainer.head = ChoiceHead(trainer.head, self.new_row)
+        trainer.head, trainer.pointer = ChoiceHead(trainer.head, self.new_row), None
 
     def scores(self, model, units: Sequence[Unit], window) -> tuple[Tensor, Tensor]:
         """(scores [n, 5], right [n, 5]) fp32, on the CPU."""

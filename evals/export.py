@@ -41,9 +41,11 @@ from variants import gpt2
 CODE = ("configuration_nca.py", "modeling_nca.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARMS = {T.Softmax: "softmax", T.DiffV1: "diff_v1", T.DiffV2: "diff_v2", T.Selective: "selective"}
+ARMS |= {T.Paired: "paired"}
 # The comparison: tokens, windows short enough to bind, and the largest difference of two logits.
 # Measured: 0 at 12 x 768 on a CPU, 5e-7 for GPT2LMHeadModel; another BLAS may sum in another order.
-CHECKED, CHECKED_WINDOWS, TOLERANCE = 256, (96, 40), 1e-4
+CHECKED, CHECKED_WINDOWS, CHECKED_BAND, TOLERANCE = 256, (96, 40), 24, 1e-4
+TABLE = "model.ngram.table"  # in the folder: a buffer, which no optimizer has
 
 
 # ---- The trainer's model in other words ---------------------------------------------------------
@@ -55,12 +57,13 @@ def attention_spec(model: T.GPT, layer: int) -> dict | None:
     if attn is None:
         return None
     arm = attn.arm
-    key_dim = arm.q.weight.size(0) // arm.heads_q
+    heads = arm.heads if isinstance(arm, T.Paired) else arm.heads_q  # which are one, in pairs
+    key_dim = arm.q.weight.size(0) // heads
     value_dim = arm.n_out // arm.heads
     return {
         "arm": ARMS[type(arm)],
         "heads": arm.heads,
-        "query_heads": arm.heads_q,
+        "query_heads": heads,
         "key_heads": arm.k.weight.size(0) // key_dim,
         "value_heads": arm.kv_width // value_dim,
         "key_dim": key_dim,
@@ -101,7 +104,9 @@ def nca_config(model: T.GPT, meta: dict, eot: int) -> NCAConfig:
         **{name: getattr(cfg, name) for name in ("qk_norm", "gate", "xsa", "bias")},
         **{name: getattr(cfg, name) for name in ("x0", "skip", "backout", "smear", "value_gate")},
         **{name: getattr(cfg, name) for name in ("bigram", "bigram_dim", "attention_from")},
-        **{name: getattr(cfg, name) for name in ("token_shares", "mudd")},
+        **{name: getattr(cfg, name) for name in ("token_shares", "mudd", "ngram")},
+        ngram_dtype=str(model.ngram.table.dtype).removeprefix("torch.") if cfg.ngram else None,
+        copy_band=int(model.pointer.band) if cfg.copy else 0,
         softcap=model.softcap,
         value_tables=[] if is_gpt2 else [table.size(1) for table in model.values],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot),
@@ -131,7 +136,8 @@ def attention_state(attn: T.Attention) -> dict[str, Tensor]:
 
 
 def nca_state(model: T.GPT) -> dict[str, Tensor]:
-    """Every parameter under the name that it has in modeling_nca.py, vocabularies unpadded."""
+    """Every parameter, and those buffers that are no constants, under the name that it has in
+    modeling_nca.py, vocabularies unpadded."""
     vocab, state, tables = model.cfg.vocab, {}, getattr(model, "values", ())
     names = {"embed": "model.embed.weight", "head": "lm_head.weight"}
     names |= {f"values.{i}": f"model.values.{i}.weight" for i in range(len(tables))}
@@ -139,12 +145,18 @@ def nca_state(model: T.GPT) -> dict[str, Tensor]:
     names |= {"resid": "model.residual", "mix": "model.residual_mix"}
     names |= {"position": "model.position.weight"}
     names |= {"norm.gain": "model.norm_out.weight", "norm.bias": "model.norm_out.bias"}
+    names |= {f"pointer.{n}.weight": f"pointer.{n}.weight" for n in "qk"}
+    names |= {f"pointer.{n}": f"pointer.copy_{n}" for n in ("gain", "sink", "gate", "bias")}
     for name, p in model.named_parameters():
         if ".attn." not in name:  # GPT-2's norms say gain
             name_there = names.get(name, f"model.{name.replace('.gain', '.weight')}")
             state[name_there] = p[:vocab] if name in of_tokens else p
     if model.cfg.bigram_dim:
         state["model.bigram.signs"] = model.bigram.signs
+    if model.cfg.ngram:
+        state["model.ngram.signs"] = model.ngram.signs
+        if model.ngram.table is not None:
+            state[TABLE] = model.ngram.table
     if isinstance(model, gpt2.GPT2):
         state["model.embed.weight"] = state["lm_head.weight"]
     for i, block in enumerate(model.blocks):
@@ -226,13 +238,20 @@ def state_of(model: T.GPT, meta: dict) -> dict[str, Tensor]:
 
 
 def build(model: T.GPT, meta: dict, eot: int) -> transformers.PreTrainedModel:
-    """The trainer's model as transformers', fp32."""
-    if is_stock(model, meta):
+    """The trainer's model as transformers', fp32, on the CPU. Only an n-gram table, of which a
+    second may not fit, is the trainer's own, wherever it is."""
+    stock = is_stock(model, meta)
+    state = {k: p.detach() for k, p in state_of(model, meta).items()}
+    if stock:
         theirs = transformers.GPT2LMHeadModel(stock_config(model, eot))
     else:
-        theirs = NCAForCausalLM(nca_config(model, meta, eot))
+        config = nca_config(model, meta, eot)
+        with torch.device("meta"):  # or there would be two tables for a moment
+            theirs = NCAForCausalLM(config)
+        state |= {k: p.to("cpu", copy=True) for k, p in state.items() if k != TABLE}
     try:
-        theirs.load_state_dict({k: p.detach() for k, p in state_of(model, meta).items()})
+        theirs.load_state_dict(state, assign=not stock)
+        theirs.tie_weights()
     except RuntimeError as e:
         said = " ".join(str(e).split())
         raise T.InputError(f"evals/modeling_nca.py lacks what train_gpt.py has: {said}") from None
@@ -245,15 +264,22 @@ def difference(theirs: transformers.PreTrainedModel, ours: T.GPT, eot: int) -> f
     of about 50 tokens and short windows, or one document where GPT-2 knows neither."""
     gen = torch.Generator().manual_seed(0)
     tokens, windows = torch.randint(eot, (1, CHECKED), generator=gen), (T.NO_LIMIT, T.NO_LIMIT)
-    own = getattr(theirs.config, "windows", None)
+    config, own = theirs.config, getattr(theirs.config, "windows", None)
     if own:
         tokens[torch.rand(tokens.shape, generator=gen) < 0.02] = eot
-        theirs.config.windows = windows = CHECKED_WINDOWS
+        config.windows = windows = CHECKED_WINDOWS
+    band = ours.pointer and config.copy_band
+    if band:
+        config.copy_band = CHECKED_BAND
+        ours.pointer.band.fill_(CHECKED_BAND)
     docs = (tokens == eot).cumsum(1).int()
     got = theirs(tokens).logits
-    if own:
-        theirs.config.windows = own
     wanted = ours.logits(tokens, docs, torch.tensor(windows, dtype=torch.int32))
+    if own:
+        config.windows = own
+    if band:
+        config.copy_band = band
+        ours.pointer.band.fill_(band)
     return float((got - wanted).abs().max())
 
 
@@ -276,7 +302,10 @@ class Exported:
 
     @property
     def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """With the numbers of an n-gram table, which was learned, too."""
+        table = dict(self.model.named_buffers()).get(TABLE)
+        learned = sum(p.numel() for p in self.model.parameters())
+        return learned + (0 if table is None else table.numel())
 
 
 def export(path: str | Path, out: str | Path, dtype: str = "bf16", tokenizer: str = "") -> Exported:
@@ -321,17 +350,11 @@ def refuse_own_arm(meta: dict) -> None:
             f"arm {arm!r} is not built in: a folder needs modelling code of its own for it, and "
             f"evals/modeling_nca.py has {', '.join(T.ARMS)}"
         )
-    if meta["config"].get("paired"):
-        raise T.InputError(
-            "evals/modeling_nca.py has no --paired heads: train without for a folder"
-        )
-    if meta["config"].get("ngram"):
-        raise T.InputError("evals/modeling_nca.py has no --ngram table: train without for a folder")
-    sample.refuse_copy(meta["config"], "a Hugging Face folder")
 
 
 def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The weights in `dtype`, but for the few that the trainer computes with in fp32."""
+    """The weights in `dtype`, but for the few that the trainer computes with in fp32, and for an
+    n-gram table, which keeps its own."""
     kept = model._keep_in_fp32_modules_strict or ()
     for name, p in model.named_parameters():
         if not any(word in name for word in kept):
@@ -422,6 +445,16 @@ NOTES = """\
   other than torch's SDPA are not supported.
 """
 
+COPY_NOTE = """\
+- A copy head is mixed into the output: `logits` are log-probabilities, which a softmax leaves as
+  they are.
+"""
+
+TABLE_NOTE = """\
+- `{name}`, {rows:,} rows for pairs and triples of tokens, is a buffer in {dtype},
+  whatever the other weights are loaded as: training this folder further leaves it as it is.
+"""
+
 STOCK_NOTES = """\
 - A stock `GPT2LMHeadModel`: it knows no documents, so put one document of at most {positions:,}
   tokens in a row; there its logits are the trainer's.
@@ -445,6 +478,9 @@ def model_card(done: Exported, meta: dict, run: logs.Run | None) -> str:
     notes = STOCK_NOTES.format(positions=gpt2.BLOCK_SIZE)
     if not done.stock:
         notes = NOTES.format(windows=config.windows, trained=config.trained_windows)
+        notes += COPY_NOTE if config.copy_band else ""
+        if config.ngram:
+            notes += TABLE_NOTE.format(name=TABLE, rows=config.ngram, dtype=config.ngram_dtype)
     notes += COMMON_NOTES.format(
         vocab=config.vocab_size, dtype=done.dtype, apart=done.difference, checked=CHECKED
     )

@@ -98,9 +98,10 @@ def load(folder: str | Path, device: str, length: int) -> tuple[nn.Module, dict]
     folder = Path(folder)
     meta, dropped = _read(folder)
     try:
-        import transformers  # noqa: F401  (evals/export.py takes it)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+
+        from evals import export  # which takes transformers
     except ImportError as e:
         said = f"{folder} is a Hugging Face folder, which takes {e.name}: pip install {e.name}"
         raise T.InputError(said) from None
@@ -114,6 +115,10 @@ def load(folder: str | Path, device: str, length: int) -> tuple[nn.Module, dict]
                 if name in places:  # not a buffer
                     numbers[places[name]] = value.flatten().float()
                     missing[places[name]] = False
+                elif name == export.TABLE and model.cfg.ngram:
+                    model.ngram.table = value.view(model.ngram.rows, model.ngram.dim)
+        if model.cfg.ngram and model.ngram.table is None:
+            raise RuntimeError(f"{export.TABLE} is not there")
         numbers[missing] = torch.from_numpy(dropped)
     except (OSError, SafetensorError, RuntimeError, TypeError) as e:
         said = str(e).splitlines()[0]

@@ -13,7 +13,8 @@ new vector, its start; nothing else is new. The held-out slice of train is looke
 and the weights of its best look are what is saved and scored (early stopping; the schedule is run
 to its end, for a later look may be better). They are saved, too, where a seed ends early: by a loss
 that is not finite, for want of memory or by a signal. They have no optimizer and are not resumed.
-Windows are those that an export of the checkpoint has.
+Windows are those that an export of the checkpoint has. A table of n-grams stays as it is: a tuned
+text reads few of its rows, and a second copy of it, for the best look, may not fit the GPU.
 
 OUT/TASK_sN are runs like any other: sample, look, export and finetune take them. Beside them:
 result.json, table.txt and, for each task, learning curves.
@@ -57,6 +58,7 @@ CALL_TOKENS = {"cuda": 8192, "cpu": 4096}  # of a training call: dense masks, no
 LR = {"gpt2": 0.1}  # factor on every learning rate of the checkpoint's own recipe
 USUAL_LR = 0.05  # in the speedrun's: for a matrix about what AdamW does at 5e-5
 WARMUP = 0.1
+TABLE = T.RowAdam.NAME  # of an n-gram table among a model's weights
 INTERRUPTED = 130  # the exit code of a shell's Ctrl-C
 
 
@@ -74,7 +76,6 @@ class Start:
     @classmethod
     def load(cls, path: str, tokenizer: str) -> Start:
         meta = sample.meta_of(path)
-        sample.refuse_copy(meta["config"], "fine-tuning")
         words = Words(sample.tokenizer_of(meta, tokenizer))
         if exported.is_folder(path):
             weights = sample.load(path)[0].state_dict()
@@ -90,12 +91,14 @@ class Start:
     def model(self, cfg: T.ModelConfig, length: int, dtype: torch.dtype) -> nn.Module:
         """As trained; dense attention, as rows are short and nothing is compiled."""
         model = exported.model_class(self.meta)(cfg, length, dtype)
+        if cfg.ngram:
+            model.ngram.table = self.weights[TABLE]  # frozen, so one is enough
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as e:  # a parameter too many, or of another shape
             said = str(e).splitlines()[0]
             raise T.InputError(f"{self.path} does not fit its model: {said}") from None
-        model.flex = False
+        sample.by_dense_masks(model)
         return model
 
     @property
@@ -158,7 +161,8 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
 
 @dataclass(frozen=True)
 class Kept:
-    """A model as it was at a look. weights stay on its device; meta: its checkpoint's."""
+    """A model as it was at a look. weights stay on its device, an n-gram table, which is as it was,
+    the model's own; meta: its checkpoint's."""
 
     weights: dict[str, torch.Tensor]
     meta: dict
@@ -166,7 +170,7 @@ class Kept:
     @classmethod
     def of(cls, trainer: T.Trainer, done: int) -> Kept:
         state = trainer.model.state_dict()
-        weights = {name: p.detach().clone() for name, p in state.items()}
+        weights = {n: p if n == TABLE else p.detach().clone() for n, p in state.items()}
         return cls(weights, trainer.running.meta(done))
 
     @property
@@ -224,6 +228,7 @@ class Tuning:
             on_eval=self.look,
         )
         self.trainer = T.Trainer(self.cfg, hooks)
+        self.trainer.ngram = self.trainer.optimizer.rows = None  # nobody updates the table
         task.adapt(self.trainer)
         self.looks: list[dict] = []
         self.done = 0
@@ -312,9 +317,9 @@ class Tuning:
             self.save_kept()
         folder = trainer.folder
         T.write_exit(folder, [], T.EXIT_CODES["done"], "done")
-        model, meta = sample.load(folder, self.cfg.run.device, self.task.row)
+        trainer.model.load_state_dict(self.kept.weights)  # a second table of n-grams may not fit
         window = T.windows(self.start.window, trainer.world.device)
-        scores = self.task.score(model, meta, window)
+        scores = self.task.score(trainer.model, sample.meta_of(folder), window)
         (folder / "items.json").write_text(json.dumps(scores.items))
         steps = {"best_step": self.kept.step, "steps": len(trainer.steps)}
         return {"seed": seed, "run": name, **steps, "looks": self.looks, "figures": scores.figures}
@@ -472,10 +477,8 @@ def finetune(args: argparse.Namespace) -> list[dict]:
 def tune(start: Start, task: Task, args: argparse.Namespace) -> dict:
     """One task, all seeds."""
     tuning = Tuning(start, task, args)
-    device = tuning.trainer.world.device
-    model = start.model(tuning.trainer.cfg.model, task.row, tuning.trainer.dtype).to(device).eval()
-    before = task.before(model, start.meta, T.windows(start.window, device))
-    del model
+    window = T.windows(start.window, tuning.trainer.world.device)
+    before = task.before(tuning.trainer.model, start.meta, window)  # nothing has trained it yet
     tuning.trainer.park()  # after scoring, torch keeps many times what training needs
     if before is not None:
         (args.out / f"{task.name}_before.json").write_text(json.dumps(before.items))

@@ -37,7 +37,6 @@ from variants import gpt2
 
 OPTIONS = 4
 CALL_TOKENS = 16_384  # in a forward pass
-HEAD_PIECE = 2_048  # logits at a time: fp32 over the vocabulary, several copies
 OPEN = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -163,26 +162,20 @@ def log_likelihoods(model: nn.Module, items: Items, window: Tensor, world: T.Wor
     targets = [row[-min(n, most) :] for row, n in zip(items.rows, items.scored)]
     calls = calls_of(np.array([len(x) for x in inputs]))
     nats = torch.zeros(len(inputs), dtype=torch.float64, device=device)
-    flex, model.flex = model.flex, False
+    flex = model.flex
+    sample.by_dense_masks(model)
     try:
         for call in calls[world.rank :: world.size]:
             padded = right_padded([inputs[i] for i in call], [targets[i] for i in call])
             tokens, wanted = (t.to(device) for t in padded)
-            hidden = model(tokens, torch.zeros_like(tokens), window)
-            where = wanted >= 0
-            losses = head_losses(model, hidden[where], wanted[where])
-            rows = torch.from_numpy(call).to(device)[where.nonzero()[:, 0]]
+            docs = torch.zeros_like(tokens)
+            h = model(tokens, docs, window)
+            losses = sample.token_nats(model, h, tokens, docs, wanted)
+            rows = torch.from_numpy(call).to(device)[(wanted >= 0).nonzero()[:, 0]]
             nats.index_add_(0, rows, -losses.double())
     finally:
-        model.flex = flex
+        sample.by_dense_masks(model, flex)
     return world.sum(nats).view(-1, OPTIONS).cpu().numpy()
-
-
-def head_losses(model: nn.Module, h: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy [N], nats, over the vocabulary without the head's padding, as in an export."""
-    head = model.head[: model.cfg.vocab].to(h.dtype)
-    pieces = zip(h.split(HEAD_PIECE), targets.split(HEAD_PIECE))
-    return torch.cat([T.token_losses(x @ head.t(), y, model.softcap) for x, y in pieces])
 
 
 def predictions(items: Items, nats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +231,6 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     """train_gpt.py's command line, or that of variants/gpt2.py, with the hook."""
 
     def make_hooks(cfg: T.Config) -> T.Hooks:
-        sample.refuse_copy(cfg.flat(), "evals/hellaswag.py")
         hooks = gpt2.make_hooks(cfg) if cfg.preset == "gpt2" else T.Hooks()
         vocab = cfg.model.vocab or T.Corpus.open(cfg.data.data, cfg.data.dev).vocab
         items = load(args.items, vocab, args.tokenizer, args.limit)
@@ -253,7 +245,6 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
 def score(args: argparse.Namespace) -> dict[str, bits.Mean]:
     """Prints and returns the figures of a run or checkpoint folder; InputError."""
     meta = sample.meta_of(args.model)
-    sample.refuse_copy(meta["config"], "evals/hellaswag.py")
     vocab = int(meta["config"]["vocab"])
     items = load(args.items, vocab, args.tokenizer, args.limit)
     world, most = T.World.start(args.device), bits.context_of(vocab)

@@ -37,7 +37,7 @@ from data import encode, shards
 from evals import exported, sample
 
 PAGE = Path(__file__).with_name("look.html")
-NAMES = {arm: name for name, arm in T.ARMS.items()}
+NAMES = {arm: name for name, arm in T.ARMS.items()} | {T.Paired: "softmax"}
 TEXT = (
     "The cat sat on the mat. The dog saw that the cat sat on the mat. Anna gave the book to Ben, "
     "because Anna had read the book twice, and Ben had not read it once. Then Ben read the book "
@@ -140,7 +140,11 @@ def layer_of(arm: nn.Module, record: Record) -> Layer:
         if arm.head_windows:
             note = f"The second map sees {arm.cfg.window2} tokens back."
         return Layer(name, first, second, second_weight(arm, record.x), note, masks)
-    if type(arm) not in NAMES:
+    if isinstance(arm, T.Paired):
+        note = "Two heads are one: what one sees of a token is its weight on both their keys."
+        maps = maps.unflatten(2, (-1, 2)).sum(-1)  # [H / 2, 2 T, T]
+        maps = maps.unflatten(1, (-1, 2)).movedim(2, 0).flatten(0, 1)
+    elif type(arm) not in NAMES:
         note = "The maps that T.attend made; what this arm does to them afterwards is not shown."
     return Layer(name, maps, note=note, masks=masks)
 

@@ -63,6 +63,12 @@ def offset_keys(k, starts):
     return torch.where(still & ~starts[:, None, :, None], earlier, k)
 
 
+def reach(cache, slot):
+    """Gives the cache a layer `slot`, where it has none yet."""
+    while len(cache.layers) <= slot:
+        cache.layers.append(DynamicLayer())
+
+
 class Rows:
     """The T tokens of this call beside all S that the cache and they make: who sees whom.
 
@@ -89,13 +95,18 @@ class Rows:
             real = (attention_mask[:, -length:] != 0).long()
         documents, marks = starts.cumsum(1), torch.stack([real, input_ids], dim=-1)
         if cache is not None:
-            while len(cache.layers) <= slot:
-                cache.layers.append(DynamicLayer())
+            reach(cache, slot)
             if cache.get_seq_length(slot):
                 documents = documents + cache.layers[slot].keys[:, 0, -1].to(documents.device)
             documents, marks = cache.update(documents[:, None, :, None], marks[:, None], slot)
             documents, marks = documents[:, 0, :, 0], marks[:, 0]
         return cls(documents, marks, length)
+
+    @classmethod
+    def held(cls, cache, slot, length):
+        """Those of a call that has added its tokens to the cache."""
+        layer = cache.layers[slot]
+        return cls(layer.keys[:, 0, :, 0], layer.values[:, 0], length)
 
     @property
     def starts(self):
@@ -110,21 +121,34 @@ class Rows:
         last = before(self.tokens).masked_fill(starts, 0)
         return starts[:, -self.length :], last[:, -self.length :]
 
+    def triples(self):
+        """`pairs`; then the same of the token before that: True and 0 where a document has not two
+        before."""
+        starts = self.starts
+        early = starts | before(starts)
+        last = before(self.tokens).masked_fill(starts, 0)
+        second = before(last).masked_fill(early, 0)
+        return tuple(t[:, -self.length :] for t in (starts, last, early, second))
+
     @property
     def positions(self):
         """[B, T] number of real tokens before each, in its row."""
         return (self.real.long().cumsum(1) - 1).clamp(min=0)[:, -self.length :]
 
-    def mask(self, window, second_window, heads):
+    def mask(self, window, second_window, heads, each=1):
         """Bool [B, 1 or heads, T, S]: causal, same document, real, within the window. A token sees
-        itself, padding too: a softmax over nothing is NaN, and NaN spreads through v."""
-        key = (window, second_window, heads if second_window else 1)
+        itself, padding too: a softmax over nothing is NaN, and NaN spreads through v. each: of rows
+        that have every token so many times, [B, 1 or heads, each T, each S]."""
+        key = (window, second_window, heads if second_window else 1, each)
         if key not in self.masks:
-            total = self.documents.size(1)
-            at = torch.arange(total, device=self.documents.device, dtype=torch.int32)
-            back = at[total - self.length :, None] - at
-            same = self.documents[:, -self.length :, None] == self.documents[:, None, :]
-            seen = (same & self.real[:, None, :] & (back > 0))[:, None]
+            documents, real = (
+                t.repeat_interleave(each, dim=1) for t in (self.documents, self.real)
+            )
+            total, length = documents.size(1), each * self.length
+            at = torch.arange(total, device=documents.device, dtype=torch.int32)
+            back = at[total - length :, None] - at
+            same = documents[:, -length:, None] == documents[:, None, :]
+            seen = (same & real[:, None, :] & (back > 0))[:, None]
             near = back < window
             if second_window:
                 pair = torch.stack([near, near & (back < second_window)])
@@ -135,6 +159,8 @@ class Rows:
 
 class Softmax(nn.Module):
     """The attention of one block with all that the arms share; subclasses combine two maps."""
+
+    each = 1  # times that a row has a token
 
     def __init__(self, config, block, slot):
         super().__init__()
@@ -165,7 +191,7 @@ class Softmax(nn.Module):
         if self.qk_norm:
             q, k = norm(q), norm(k)
         if rotary:
-            q, k = (rotate(t, rotary[spec["key_dim"]]) for t in (q, k))
+            q, k = (self.turn(t, rotary[spec["key_dim"], self.each]) for t in (q, k))
         if self.value_mix is not None:
             extra = tables[spec["value_table"]][..., : self.v.out_features].view_as(v)
             if self.value_gate is not None:
@@ -173,6 +199,10 @@ class Softmax(nn.Module):
             c = self.value_mix.to(v.dtype)
             v = c[0] * v + c[1] * extra
         return q, k, v
+
+    def turn(self, x, table):
+        """x [B, T, H, D] in position."""
+        return rotate(x, table)
 
     def choose(self, q, k):
         """q [B, T, Hq, D] and k [B, H, S, D] without an own selector's head, and the selectors' q
@@ -221,7 +251,7 @@ class Softmax(nn.Module):
         """q [B, T, H, D] on k, v [B, H, S, D] -> [B, T, H, Dv]; query head n reads k and v head
         n // (H / heads of k or v). masks [B, G, T, S] are taken from the scores of G groups."""
         spec, heads = self.spec, q.size(2)
-        mask = rows.mask(windows[spec["window"]], spec["second_window"], heads)
+        mask = rows.mask(windows[spec["window"]], spec["second_window"], heads, self.each)
         if masks is not None:
             mask = self.bias(mask, -masks.to(q.dtype), heads)
         # By hand: with enable_gqa and a mask, CUDA is left with the kernel that keeps all scores.
@@ -264,6 +294,30 @@ class Softmax(nn.Module):
         return self.o(y.flatten(2))
 
 
+class Paired(Softmax):
+    """Heads i and i + heads / 2 are one on a row of twice the length: a token's query and key of
+    the first, then those of the second. The cache has them by token, as everywhere."""
+
+    each = 2
+
+    @staticmethod
+    def joined(x):
+        """[B, T, H, D] -> [B, 2 T, H / 2, D]."""
+        return x.unflatten(2, (2, -1)).flatten(1, 2)
+
+    @staticmethod
+    def parted(x):
+        """[B, 2 T, H / 2, D] -> [B, T, H, D]."""
+        return x.unflatten(1, (-1, 2)).flatten(2, 3)
+
+    def turn(self, x, table):
+        return self.parted(rotate(self.joined(x), table))
+
+    def attend(self, q, k, v, rows, windows, masks=None):
+        k, v = (self.joined(t.transpose(1, 2)).transpose(1, 2) for t in (k, v))
+        return self.parted(super().attend(self.joined(q), k, v, rows, windows))
+
+
 class DiffV2(Softmax):
     """a1 - sigmoid(lambda(x)) a2, both maps on the same keys and values; heads 2i, 2i + 1 pair."""
 
@@ -293,7 +347,10 @@ class DiffV1(Softmax):
         return (y * (1 - start)).to(x.dtype)
 
 
-ARMS = {"softmax": Softmax, "diff_v1": DiffV1, "diff_v2": DiffV2, "selective": Softmax}
+ARMS = {
+    **{"softmax": Softmax, "selective": Softmax, "paired": Paired},
+    **{"diff_v1": DiffV1, "diff_v2": DiffV2},
+}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -397,6 +454,75 @@ class Bigram(nn.Module):
         return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
+class Ngram(nn.Module):
+    """A table of embeddings for pairs of tokens and, its second half, for triples, with a row of
+    random signs for each. It is a buffer and no parameter: training leaves it as it is."""
+
+    join = Bigram.join
+
+    def __init__(self, config):
+        super().__init__()
+        d, dtype = config.hidden_size, getattr(torch, config.ngram_dtype)
+        self.scale = nn.Parameter(torch.zeros(len(config.blocks)))
+        self.register_buffer("table", torch.zeros(config.ngram, d, dtype=dtype))
+        self.register_buffer("signs", torch.ones(8192, d, dtype=torch.int8))
+
+    def forward(self, x, starts, y, early, z, dtype):
+        """x [B, T] ids, and what `Rows.triples` has of them -> [B, T, d]."""
+        half = self.table.size(0) // 2
+        pair = (x * 36_313) ^ (y * 27_191)
+        triple = (x * 17_351) ^ (y * 60_961) ^ (z * 45_259)
+        row = torch.where(starts, half - 1, pair % (half - 1))
+        row3 = torch.where(early, half - 1, triple % (half - 1))
+        sign = (x * 52_711) ^ (y * 39_119)
+        sign3 = (x * 48_611) ^ (y * 21_379) ^ (z * 57_241)
+        e = F.embedding(torch.stack([row, half + row3], dim=-1), self.table).to(dtype)
+        signs = self.signs[torch.stack([sign, sign3], dim=-1) // 256 % 8192]
+        return (e * signs).sum(-2)
+
+
+COPY_DIM = 128
+COPY_PIECE = 1024  # rows of logits that are mixed at once, for less memory
+
+
+class Pointer(nn.Module):
+    """p(y) = p_lm(y) (1 - a (1 - s)) + a c(y): a softmax over the last tokens of the document and a
+    sink gives c, its weight on tokens y, and s, that on the sink; a is a gate."""
+
+    def __init__(self, config, slot):
+        super().__init__()
+        self.slot, d = slot, config.hidden_size
+        self.q, self.k = (nn.Linear(d, COPY_DIM, bias=False) for _ in range(2))
+        self.copy_gain, self.copy_sink = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+        self.copy_gate, self.copy_bias = (nn.Parameter(torch.zeros(n)) for n in (d, 1))
+
+    def forward(self, logits, h, some, rows, band, cache):
+        """logits [B, n, V] of the positions `some` of h [B, T, d] -> log p [B, n, V]."""
+        q, k = norm(self.q(h[:, some])), norm(self.k(h))[:, None]
+        own = (self.copy_gain, self.copy_sink, self.copy_gate, self.copy_bias)
+        gain, sink, gate, bias = (p.float() for p in own)
+        q = q * (gain * (15.36 / COPY_DIM)).to(q.dtype)
+        if cache is not None:
+            reach(cache, self.slot)
+            k, _ = cache.update(k, k[..., :0], self.slot)
+        seen = rows.mask(band, None, 1)[:, 0][:, some]
+        scores = (q.float() @ k[:, 0].float().mT).masked_fill(~seen, -torch.inf)
+        gate = h[:, some].float() @ gate + bias
+        total, log_a = torch.logaddexp(scores.logsumexp(-1), sink), F.logsigmoid(gate)
+        kept = torch.logaddexp(F.logsigmoid(-gate), log_a + sink - total)
+        weight = torch.exp(scores + (log_a - total)[..., None])
+        where = rows.tokens[:, None].expand_as(weight)
+        pieces = (t.flatten(0, 1).split(COPY_PIECE) for t in (logits, kept, weight, where))
+        return torch.cat([self.mixed(*part) for part in zip(*pieces)]).view_as(logits)
+
+    @staticmethod
+    def mixed(logits, kept, weight, where):
+        copied = torch.zeros_like(logits).scatter_add(1, where, weight)
+        # The log of 0 has no gradient.
+        copied = copied.clamp(min=torch.finfo(copied.dtype).tiny).log()
+        return torch.logaddexp(logits.log_softmax(-1) + kept[:, None], copied)
+
+
 class NCAPreTrainedModel(PreTrainedModel):
     config_class = NCAConfig
     base_model_prefix = "model"
@@ -405,6 +531,7 @@ class NCAPreTrainedModel(PreTrainedModel):
     # The trainer computes with these in fp32; together they are a few thousand numbers.
     _keep_in_fp32_modules_strict = (
         *("lambda_qk", "head_gain", "residual_mix", "norm_attn", "norm_mlp", "norm_out"),
+        *("copy_gain", "copy_sink", "copy_gate", "copy_bias"),
     )
 
 
@@ -415,7 +542,8 @@ class NCAModel(NCAPreTrainedModel):
         super().__init__(config)
         d, self.gpt2 = config.hidden_size, config.family == "gpt2"
         self.embed = nn.Embedding(config.vocab_size, d)
-        # Of the cache: attention has one, selective attention two, documents the last.
+        # Of the cache: attention has one, selective attention two, documents the last, behind which
+        # is the copy head's.
         slots, self.slot = [], 0
         for block in config.blocks:
             slots.append(self.slot)
@@ -423,7 +551,8 @@ class NCAModel(NCAPreTrainedModel):
             self.slot += 0 if spec is None else 2 if spec["selectors"] else 1
         self.blocks = nn.ModuleList(NCABlock(config, i, slot) for i, slot in enumerate(slots))
         self.norm_out = make_norm(config)
-        self.dims = {b["attention"]["key_dim"] for b in config.blocks if b["attention"]}
+        specs = [b["attention"] for b in config.blocks if b["attention"]]
+        self.turns = {(spec["key_dim"], ARMS[spec["arm"]].each) for spec in specs}
         if self.gpt2:
             self.position = nn.Embedding(config.max_position_embeddings, d)
         else:
@@ -432,7 +561,8 @@ class NCAModel(NCAPreTrainedModel):
         self.values = nn.ModuleList(nn.Embedding(config.vocab_size, w) for w in config.value_tables)
         self.smear = Smear() if config.smear else None
         self.bigram = Bigram(config) if config.bigram else None
-        of_block = config.x0 + (config.bigram > 0)
+        self.ngram = Ngram(config) if config.ngram else None
+        of_block = config.x0 + (config.bigram > 0 or config.ngram > 0)
         self.shares = Shares(config, len(slots) * of_block) if config.token_shares else None
         self.kept = sorted({*config.skip[:1], config.backout, config.attention_from} - {-1})
         mudd = [Shares(config, 2 + len(self.kept)) for _ in range(2)] if config.mudd else []
@@ -461,11 +591,13 @@ class NCAModel(NCAPreTrainedModel):
         return x.float() + self.position(rows.positions).float()
 
     def rotary(self, start, length, device):
-        """{head dimension: (cos, sin)} for the call's positions; {} without RoPE."""
-        if self.config.rotary is None:
-            return {}
-        tables = {dim: rotary_table(start, length, dim, self.config.rotary) for dim in self.dims}
-        return {dim: tuple(t.to(device) for t in pair) for dim, pair in tables.items()}
+        """{(head dimension, times that a row has a token): (cos, sin)} for the call's positions; {}
+        without RoPE."""
+        kind, out = self.config.rotary, {}
+        for dim, each in self.turns if kind else ():
+            table = rotary_table(each * start, each * length, dim, kind)
+            out[dim, each] = tuple(t.to(device) for t in table)
+        return out
 
     def check(self, input_ids, inputs_embeds, cache):
         if input_ids is None or inputs_embeds is not None:
@@ -495,7 +627,11 @@ class NCAModel(NCAPreTrainedModel):
         rotary = self.rotary(start, input_ids.size(1), input_ids.device)
         tables = [table(input_ids) for table in self.values]
         x = x0 = self.embedded(input_ids, rows)
-        pairs = None if self.bigram is None else self.bigram(input_ids, *rows.pairs())
+        table = self.bigram if self.ngram is None else self.ngram
+        if self.ngram is not None:
+            pairs = self.ngram(input_ids, *rows.triples(), x.dtype)
+        elif self.bigram is not None:
+            pairs = self.bigram(input_ids, *rows.pairs())
         states, source = [x], config.attention_from  # [i + 1]: the output of block i
         shares = iter(()) if self.shares is None else iter(self.shares(x0))
         for i, block in enumerate(self.blocks):
@@ -506,8 +642,8 @@ class NCAModel(NCAPreTrainedModel):
             if config.x0:
                 a, b = self.residual[i].to(x.dtype)
                 x = a * x + (b + next(shares, 0.0)) * x0
-            if pairs is not None:
-                x = self.bigram.join(x, pairs, i, next(shares, 0.0))
+            if table is not None:
+                x = table.join(x, pairs, i, next(shares, 0.0))
             read = states[source + 1] if 0 <= source < i else x
             x = block(x, read, tables, rotary, rows, config.windows, cache)
             states.append(x)
@@ -526,7 +662,8 @@ class NCAModel(NCAPreTrainedModel):
 
 
 class NCAForCausalLM(NCAPreTrainedModel, GenerationMixin):
-    """The model with its head: logits fp32, over the vocabulary without the trainer's padding."""
+    """The model with its head: logits fp32, over the vocabulary without the trainer's padding; with
+    a copy head log-probabilities of the mixture, which another softmax leaves as they are."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012 - where tied
 
@@ -534,6 +671,7 @@ class NCAForCausalLM(NCAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NCAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.pointer = Pointer(config, self.model.slot + 1) if config.copy_band else None
         self.post_init()
 
     @can_return_tuple
@@ -561,16 +699,24 @@ class NCAForCausalLM(NCAPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         some = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        z, cap = self.lm_head(out.last_hidden_state[:, some]).float(), self.config.softcap
+        h, cache, slot = out.last_hidden_state, out.past_key_values, self.model.slot
+        z, cap = self.lm_head(h[:, some]).float(), self.config.softcap
         if cap:  # c sigmoid(4 z / c), or top sigmoid((z + shift) / width)
             top, shift, width = (cap, 0.0, cap / 4) if isinstance(cap, (int, float)) else cap
         logits = top * torch.sigmoid((z + shift) * (1 / width)) if cap else z
+        if self.pointer is not None:
+            if cache is None:
+                ids = (input_ids, attention_mask, self.config.eos_token_id)
+                rows = Rows.of(*ids, None, slot)
+            else:
+                rows = Rows.held(cache, slot, h.size(1))
+            logits = self.pointer(logits, h, some, rows, self.config.copy_band, cache)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            past_key_values=cache,
             hidden_states=out.hidden_states,
         )

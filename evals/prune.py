@@ -10,11 +10,12 @@ that is shorter. When a new key is one too many, one goes for good. Which one:
              so a key that is gone would be masked ever after. Layers that mask nothing go by age
     age      the oldest: what any model can do
 
-The newest key and a document's first are never given up. What is read: documents of dev that have
-more tokens than --tokens, cut there, one a row. The loss is the mean over all their tokens, and the
-other one over those of the second half, where small caches are full. Attention is computed on dense
-masks: this measures loss and not speed. FOLDER gets prune.json after every measurement, prune.svg
-and prune.png at the end; the same line again, or one with other runs, goes on with that prune.json.
+The newest key and a document's first are never given up, nor any of a copy head's. What is read:
+documents of dev that have more tokens than --tokens, cut there, one a row. The loss is the mean
+over all their tokens, and the other one over those of the second half, where small caches are full.
+Attention is computed on dense masks: this measures loss and not speed. FOLDER gets prune.json after
+every measurement, prune.svg and prune.png at the end; the same line again, or one with other runs,
+goes on with that prune.json.
 """
 
 from __future__ import annotations
@@ -119,10 +120,11 @@ def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
         sizes.append((budget, full))
         if budget < full:
             seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
+            first = T.repeated(ctx.starts, length // ctx.starts.size(1))  # paired heads: two keys
             if taken is None or policy == "age":
-                kept = newest_keys(seen, ctx.starts, budget)
+                kept = newest_keys(seen, first, budget)
             else:
-                kept = kept_keys(taken, seen, ctx.starts, budget)
+                kept = kept_keys(taken, seen, first, budget)
             if kept.size(1) > 1:
                 kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
             ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
@@ -163,8 +165,12 @@ def losses(model: nn.Module, rows: Tensor, window: Tensor) -> Tensor:
     for part in rows.split(max(1, CALL_NUMBERS[device.type] // (heads * rows.size(1) ** 2))):
         part = part.to(device)
         docs = torch.zeros_like(part[:, :-1], dtype=torch.int32)
-        h = model(part[:, :-1].int(), docs, window)
-        out.append(head.losses(h.flatten(0, 1), part[:, 1:].flatten()).view_as(docs).cpu())
+        tokens, targets = part[:, :-1].int(), part[:, 1:]
+        h, copied, kept = model(tokens, docs, window), None, 0.0
+        if model.pointer is not None:
+            copied, kept = (t.flatten() for t in model.pointer(h, tokens, docs, targets))
+        nats = head.losses(h.flatten(0, 1), targets.flatten(), copied) - kept
+        out.append(nats.view_as(docs).cpu())
     return torch.cat(out)
 
 
@@ -182,13 +188,10 @@ def measure(
 ) -> Iterator[Point]:
     """A run's points, one by one, without the (policy, share) that are `done`. InputError where it
     is no model of this text."""
-    sample.refuse_copy(sample.meta_of(path)["config"], "evals/prune.py")
     model, meta = sample.load(path, device, rows.shape[1])
     tokens = torch.from_numpy(rows)
     if int(tokens.max()) >= model.cfg.vocab:
         raise T.InputError(f"{path} has {model.cfg.vocab} tokens: --data is of another vocabulary")
-    if model.cfg.paired:
-        raise T.InputError(f"{path} has --paired layers, whose rows have every token twice")
     window = T.windows(sample.best_window(meta), device)
     selective = any(getattr(arm, "selectors", 0) for arm in arms_of(model))
     who = {"run": run_of(path), "weights": weights_of(path), "arm": meta["config"]["arm"]}

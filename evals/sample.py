@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if not __package__:  # run as a file: its own folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,6 +28,7 @@ from data import encode, shards
 from evals import exported
 
 TOKENIZERS = {257: "bytes", 50_257: "gpt2"}  # by the vocabulary's size
+HEAD_PIECE = 2048  # logits rows at a time
 
 
 # ---- Tokens -------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def trained_context(meta: dict) -> int:
     return min(int(meta["config"]["row_tokens"]), int(meta["window"]))
 
 
-def next_token(logits: torch.Tensor, how: Sampling, gen: torch.Generator) -> int:
+def next_token(logits: Tensor, how: Sampling, gen: torch.Generator) -> int:
     """Draws from logits [V], fp32, on the CPU."""
     if how.temperature == 0 or how.top_k == 1:
         return int(logits.argmax())
@@ -96,11 +97,11 @@ def stream(
         shown = torch.tensor([ids[-most:]], dtype=torch.int32, device=device)
         docs = torch.zeros_like(shown)
         h = model(shown, docs, window)
-        z = h[:, -1] @ model.head.to(h.dtype).t()
+        z = h[:, -1:] @ model.head[: model.cfg.vocab].to(h.dtype).t()
         logits = T.softcap(z, model.softcap)
-        if getattr(model, "pointer", None) is not None:
-            logits = model.pointer.mix(logits[:, None], h, shown, docs)[:, 0]
-        logits = logits[0, : model.cfg.vocab].cpu()
+        if pointer_of(model) is not None:
+            logits = model.pointer.mix(logits, h, shown, docs)
+        logits = logits[0, 0].cpu()
         if not how.end:
             logits[eot] = -math.inf
         token = next_token(logits, how, gen)
@@ -134,11 +135,35 @@ def meta_of(path: str | Path) -> dict:
     return meta
 
 
-def refuse_copy(config: dict, reader: str) -> None:
-    """InputError where `reader` would take the head's softmax for the whole of p. config: as
-    `Config.flat` has it."""
-    if config.get("copy"):
-        raise T.InputError(f"{reader} cannot read the copy head of a model trained with --copy yet")
+def pointer_of(model: nn.Module) -> T.Pointer | None:
+    """The copy head, whose part of p the head's softmax lacks, where the model has one."""
+    return getattr(model, "pointer", None)
+
+
+def by_dense_masks(model: nn.Module, flex: bool | None = False) -> None:
+    """No FlexAttention, for a model that is called with many lengths and not compiled. flex: of a
+    new model None."""
+    model.flex = flex
+    if pointer_of(model) is not None:
+        model.pointer.flex = flex
+
+
+@torch.no_grad()
+def token_nats(
+    model: nn.Module, h: Tensor, tokens: Tensor, docs: Tensor, targets: Tensor
+) -> Tensor:
+    """-ln p of each target that is not negative, row by row, fp32: over the vocabulary alone,
+    without the head's padding, as an exported model has it. h [B, T, d]: the model's output for
+    tokens and docs [B, T]; targets [B, T] int64."""
+    asked, head = targets >= 0, model.head[: model.cfg.vocab].to(h.dtype).t()
+    parts = [h[asked], targets[asked]]
+    if pointer_of(model) is not None:
+        parts += [t[asked] for t in model.pointer(h, tokens, docs, targets)]
+    nats = []
+    for x, y, *mixed in zip(*(t.split(HEAD_PIECE) for t in parts)):
+        copied, kept = mixed or (None, 0.0)
+        nats.append(T.token_losses(x @ head, y, model.softcap, copied) - kept)
+    return torch.cat(nats)
 
 
 def best_window(meta: dict) -> int:
@@ -163,7 +188,7 @@ def load(path: str | Path, device: str = "cpu", context: int = 0) -> tuple[nn.Mo
             model, meta = T.load_model(path, device, length, make)
     except RuntimeError as e:  # a parameter too many, or of another shape
         raise T.InputError(f"{path} does not fit its model: {str(e).splitlines()[0]}") from None
-    model.flex = False  # lengths grow token by token: one dense mask each, and nothing to compile
+    by_dense_masks(model)
     return model, meta
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from evals import memory, sample
 
 OPEN_ROWS = 32  # rows that may still take a document: packing stays linear
 CALL_TOKENS = {"cuda": 32_768, "cpu": 4096}  # of a forward pass while scoring
-HEAD_PIECE = 2048  # logits rows at a time
 HELD_OUT = 0.1  # of what there is to train on: early stopping looks at it
 LONGEST = 4096  # tokens in a row; positions are rotary, and windows bound what they tell apart
 
@@ -151,43 +150,54 @@ def batch_of(rows: Sequence[Sequence[Document]], row: int, eot: int) -> T.Batch:
 
 
 @torch.no_grad()
-def asked_states(
-    model: nn.Module, documents: Sequence[Document], row: int, window: Tensor, eot: int
-) -> tuple[Tensor, Tensor]:
-    """(hidden [n, d], targets [n]) of every position where something is asked, in the documents'
-    order. window: as T.windows gives it, on the model's device."""
+def read_asked(
+    model: nn.Module,
+    documents: Sequence[Document],
+    row: int,
+    window: Tensor,
+    eot: int,
+    of: Callable[[Tensor, T.Batch], Tensor],
+) -> Tensor:
+    """What `of(hidden [B, T, d], batch)` makes of the positions where something is asked, row by
+    row: [n, ...], here in the documents' order. window: as T.windows has it, on the model's device.
+    """
     rows = pack([len(d) for d in documents], row)
     some = max(1, CALL_TOKENS[window.device.type] // row)
-    states, targets, order = [], [], []
+    found, order = [], []
 
     def read(first: int, past: int) -> None:
         part = rows[first:past]
         batch = batch_of([[documents[i] for i in r] for r in part], row, eot).to(window.device)
-        asked = batch.targets >= 0
-        h, wanted = model(batch.tokens, batch.docs, window)[asked], batch.targets[asked]
-        states.append(h)
-        targets.append(wanted)
+        found.append(of(model(batch.tokens, batch.docs, window), batch))
         order.extend(i for r in part for i in r)
 
     memory.in_batches(len(rows), lambda _: some, read)
     number = np.repeat(order, [(documents[i].targets >= 0).sum() for i in order])
     back = torch.from_numpy(np.argsort(number, kind="stable")).to(window.device)
-    return torch.cat(states)[back], torch.cat(targets)[back]
+    return torch.cat(found)[back]
 
 
-@torch.no_grad()
+def asked_states(
+    model: nn.Module, documents: Sequence[Document], row: int, window: Tensor, eot: int
+) -> tuple[Tensor, Tensor]:
+    """(hidden [n, d], targets [n]) of every position where something is asked, in the documents'
+    order. window: as T.windows gives it, on the model's device."""
+    states = read_asked(model, documents, row, window, eot, lambda h, batch: h[batch.targets >= 0])
+    targets = np.concatenate([d.targets[d.targets >= 0] for d in documents])
+    return states, torch.from_numpy(targets).to(window.device)
+
+
 def answer_nats(
     model: nn.Module, documents: Sequence[Document], row: int, window: Tensor, eot: int
 ) -> list[Tensor]:
     """-ln p of each asked token, fp32, a tensor for each document, on the CPU. Over the vocabulary
     alone, without the head's padding, as an exported model has it."""
-    states, targets = asked_states(model, documents, row, window, eot)
-    head = model.head[: model.cfg.vocab].to(states.dtype).t()
-    nats = [
-        T.token_losses(h @ head, t, model.softcap)
-        for h, t in zip(states.split(HEAD_PIECE), targets.split(HEAD_PIECE))
-    ]
-    return list(torch.cat(nats).cpu().split([int((d.targets >= 0).sum()) for d in documents]))
+
+    def of(h: Tensor, batch: T.Batch) -> Tensor:
+        return sample.token_nats(model, h, batch.tokens, batch.docs, batch.targets)
+
+    nats = read_asked(model, documents, row, window, eot, of)
+    return list(nats.cpu().split([int((d.targets >= 0).sum()) for d in documents]))
 
 
 # ---- Tasks --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ FlexAttention and without, and with whatever computes the loss."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import types
@@ -14,7 +15,7 @@ from test_kernels import copied_case, loss_case
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from evals import export, finetune, hellaswag, prune, sample
+from evals import prune, sample
 from records.causality import check_causal
 
 T = H.T
@@ -141,9 +142,8 @@ def test_fp8_head_has_the_same_gradients(monkeypatch):
 @pytest.mark.parametrize("cap", [30.0, 0.0, T.SHIFTED_CAP])
 def test_the_heads_part(cap):
     """losses_and_grad against autograd through token_losses; the copy's gradient as promised."""
-    z, targets = loss_case(40, VOCAB, torch.float32)
-    copied = copied_case(40).requires_grad_()
-    z.requires_grad_()
+    z, targets = loss_case(40, VOCAB)
+    z, copied = z.float().requires_grad_(), copied_case(40).requires_grad_()
     want = T.token_losses(z, targets, cap, copied)
     want.sum().backward()
     losses, grad = T.losses_and_grad(z.detach(), targets, cap, copied.detach())
@@ -175,7 +175,8 @@ def test_what_is_no_candidate_is_no_copy():
 
 
 def test_without_a_copy_the_loss_is_the_softmaxs():
-    z, targets = loss_case(40, VOCAB, torch.float32)
+    z, targets = loss_case(40, VOCAB)
+    z = z.float()
     none = torch.full((40,), T.NO_COPY)
     for a, b in zip(T.losses_and_grad(z, targets, CAP, none), T.losses_and_grad(z, targets, CAP)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -289,6 +290,9 @@ def test_logits_are_the_mixtures_log_probabilities():
     model.pointer.band.fill_(7)
     logits = model.logits(batch.tokens, batch.docs, WINDOWS)
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 24), rtol=1e-5, atol=0)
+    padded = model_of(vocab=VOCAB - 7)
+    padded = padded.logits(batch.tokens, batch.docs, WINDOWS)  # of tokens alone
+    torch.testing.assert_close(padded.exp().sum(-1), torch.ones(2, 24), rtol=1e-5, atol=0)
     h = model(batch.tokens, batch.docs, WINDOWS)
     z = h.double() @ model.head.double().T
     model.softcap = CAP
@@ -342,6 +346,7 @@ def test_a_run(trained, text_data, tmp_path):
     model, meta = T.load_model(trained.folder)
     corpus = T.Corpus.open(str(text_data))
     batch = T.make_batch(T.TokenStream(corpus.splits["dev"], corpus.eot), 0, 8, 64)
+    model.cfg = dataclasses.replace(model.cfg, vocab=len(model.head))  # the loss counts its padding
     logits = model.logits(batch.tokens, batch.docs, T.windows(meta["window"], "cpu"))
     nats = torch.nn.functional.nll_loss(logits.flatten(0, 1), batch.targets.flatten())
     said = [v["dev_loss"] for v in H.read_log(trained.folder, "val") if v["split"] == "dev"][-1]
@@ -396,18 +401,32 @@ def test_samples_are_of_the_mixture(trained):
         assert token == int(logits.argmax())
 
 
-def test_who_cannot_read_it_says_so(trained, tmp_path, capsys):
-    folder = str(trained.folder)
-    said = "cannot read the copy head of a model trained with --copy yet"
-    assert export.main([folder, str(tmp_path / "out")]) == 2
-    assert f"a Hugging Face folder {said}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(T.InputError, match=f"^fine-tuning {said}$"):
-        finetune.Start.load(folder, "")
-    with pytest.raises(T.InputError, match=said):
-        next(prune.measure(trained.folder, torch.zeros(1, 9).numpy(), [1.0], "cpu", set()))
-    with pytest.raises(T.InputError, match=said):
-        hellaswag.score(types.SimpleNamespace(model=folder))
+@torch.no_grad()
+def test_token_nats_are_the_mixtures():
+    """What HellaSwag and fine-tuning score by: `logits` of what is asked, in order."""
+    for copy in (True, False):
+        model, batch = model_of(copy=copy, vocab=VOCAB - 7), text()
+        h = model(batch.tokens, batch.docs, WINDOWS)
+        got = sample.token_nats(model, h, batch.tokens, batch.docs, batch.targets)
+        log_p = model.logits(batch.tokens, batch.docs, WINDOWS).log_softmax(-1)
+        asked = batch.targets >= 0
+        want = -log_p[asked].gather(1, batch.targets[asked][:, None])[:, 0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_pruned_losses_are_the_mixtures(trained):
+    """With the whole cache kept, those of training."""
+    model, meta = sample.load(trained.folder, "cpu", 64)
+    rows = torch.randint(256, (3, 65), generator=torch.Generator().manual_seed(0))
+    window = T.windows(meta["window"], "cpu")
+    got = prune.losses(model, rows, window)
+    batch = T.Batch(rows[:, :-1].int(), rows[:, 1:], torch.zeros_like(rows[:, 1:]), None)
+    h = model(batch.tokens, batch.docs, window)
+    torch.testing.assert_close(
+        got.flatten(), T.Trainer.losses(trained, h, batch), rtol=1e-4, atol=0
+    )
+    (point,) = prune.measure(trained.folder, rows.numpy(), [1.0], "cpu", set())
+    assert point.loss == pytest.approx(float(got.mean()), rel=1e-4)
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import helpers as H
@@ -17,6 +18,7 @@ from test_data_text import open_text
 
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from evals import export, hf_tokenizer, sample  # noqa: E402
@@ -52,6 +54,10 @@ CASES = {
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
     "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
     "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
+    "paired": ("demo", {"paired": (1, 2)}),
+    "copy": ("demo", {"copy": True, "arm": "diff_v2"}),
+    "ngram": ("demo", {"ngram": 256, "x0": False}),
+    "all of 2026": ("demo", {"paired": (1, 2), "copy": True, "ngram": 256, **IDEAS}),
     "selective": ("demo", {"arm": "selective,selector=2", **FAINT}),
     "selective own": ("demo", {"arm": "selective,selector=own", **FAINT, "key_offset": True}),
     "selective v2": ("demo", {"arm": "diff_v2,selective=true,window2=20", **FAINT}),
@@ -65,18 +71,27 @@ CASES = {
 }
 STOCK = ("gpt2", {"arm": "softmax", "mlp": 80})
 SELECTIVE = ("selective", "selective own", "selective v2")
-CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *SELECTIVE)
+NEW = ("paired", "copy", "ngram", "all of 2026")
+CACHED = ("softmax", "diff_v1", "window2", "no attention", "ideas", "gpt2 v2", *NEW, *SELECTIVE)
 CACHED += ("narrow", "narrow own")
+BAND = 50  # of the copy head, so that it binds, too
 
 
 # ---- models -------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path, preset: str, changes: dict, window: int = TRAINED, **meta) -> Path:
+def checkpoint(
+    folder: Path, preset: str, changes: dict, window: int = TRAINED, table_dtype=None, **meta
+) -> Path:
     """A run folder whose checkpoint has random parameters, none of them zero."""
     cfg = T.make_config(preset, **{**(GPT2 if preset == "gpt2" else SMALL), **changes})
     model = (gpt2.GPT2 if preset == "gpt2" else T.GPT)(cfg.model, LENGTH)
     H.randomise(model)
+    if cfg.model.copy:
+        model.pointer.gain.data.fill_(1.7)  # it points
+    if cfg.model.ngram:
+        model.ngram.make(table_dtype)
+        model.ngram.table.normal_(generator=torch.Generator().manual_seed(1))
     meta = {
         **{"step": 8, "steps": 8, "tokens": 2048, "train_s": 1.5, "window": window},
         **{"arm": cfg.model.arm, "config": cfg.flat()},
@@ -112,6 +127,13 @@ def load(folder: Path, **kwargs):
 def own_modules_cache(tmp_path_factory):
     """The code of loaded folders is copied to the home directory otherwise."""
     with H.own_modules_cache(tmp_path_factory.mktemp("modules")):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_band():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T, "COPY_BAND", BAND)
         yield
 
 
@@ -166,7 +188,10 @@ def test_logits_are_the_trainers(name, pairs):
         assert gap(trained[:, EXTENDED:], far[:, EXTENDED:]) > 1e-4  # the windows do bind
 
 
-@pytest.mark.parametrize("name", ["diff_v1", "diff_v2", "selective v2", "gpt2 v1", "gpt2 v2"])
+BF16 = ("diff_v1", "diff_v2", "selective v2", "gpt2 v1", "gpt2 v2", "all of 2026")
+
+
+@pytest.mark.parametrize("name", BF16)
 @torch.no_grad()
 def test_bf16(name, tmp_path):
     """bf16 weights and activations, as the trainer has on a GPU. Measured: 0, once GPT-2's tables,
@@ -176,7 +201,7 @@ def test_bf16(name, tmp_path):
     exact, got = pair.wanted(tokens), pair.theirs(tokens).logits
     theirs = pair.theirs.named_parameters()
     kept = {n: p.dtype == torch.float32 for n, p in theirs}
-    words = ("lambda_qk", "head_gain", "residual_mix", "norm_")
+    words = ("lambda_qk", "head_gain", "residual_mix", "norm_", "copy_")
     assert kept == {n: any(word in n for word in words) for n in kept}
     make = gpt2.GPT2 if name.startswith("gpt2") else T.GPT
     ours = make(pair.ours.cfg, LENGTH, torch.bfloat16)
@@ -188,6 +213,65 @@ def test_bf16(name, tmp_path):
     cost = gap(exact, pair.wanted(tokens))
     assert gap(got, pair.wanted(tokens)) < 0.1 * cost
     assert gap(load(pair.folder, dtype=torch.float32)(tokens).logits, exact) < 2 * cost
+
+
+@torch.no_grad()
+def test_a_table_keeps_its_dtype(tmp_path):
+    """One of a GPU's run, in bf16: not widened on the way, whatever the folder is loaded as,
+    and there is no copy of it while the folder is made."""
+    run = checkpoint(tmp_path / "run", *CASES["ngram"], table_dtype=torch.bfloat16)
+    done = export.export(run, tmp_path / "folder", "fp32")
+    table, tokens = done.model.model.ngram.table, some_tokens(2)
+    assert done.parameters == sum(p.numel() for p in done.model.parameters()) + table.numel()
+    (file,) = (tmp_path / "folder").glob("*.safetensors")
+    assert load_file(file)[export.TABLE].dtype == torch.bfloat16
+    ours, _ = T.load_model(run, "cpu", LENGTH)
+    theirs = load(tmp_path / "folder", dtype=torch.float32)
+    assert theirs.model.ngram.table.dtype == torch.bfloat16
+    docs = (tokens == EOT).cumsum(1).int()
+    wanted = ours.logits(tokens, docs, T.windows(EXTENDED, "cpu"))
+    assert gap(theirs(tokens).logits, wanted) < 1e-5
+    again, _ = sample.load(tmp_path / "folder", "cpu", LENGTH)
+    assert again.ngram.table.dtype == torch.bfloat16
+    assert torch.equal(again.ngram.table, ours.ngram.table)
+    meta = sample.meta_of(run)
+    built = export.build(ours, meta, EOT).model.ngram.table
+    assert built.data_ptr() == ours.ngram.table.data_ptr()
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "`model.ngram.table`, 256 rows" in card
+    file.write_bytes(save({}))
+    with pytest.raises(T.InputError, match=r"does not fit.*model.ngram.table is not there"):
+        sample.load(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["copy", "all of 2026"])
+@torch.no_grad()
+def test_a_copy_heads_logits_are_log_probabilities(name, pairs):
+    """They sum to 1, the card says it, and most of some is copied."""
+    pair, tokens = pairs(name), some_tokens(2)
+    logits = pair.theirs(tokens).logits
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, LENGTH), rtol=1e-5, atol=0)
+    assert "log-probabilities" in (pair.folder / "README.md").read_text()
+    bias = pair.theirs.pointer.copy_bias
+    before = bias.clone()
+    bias.fill_(-50.0)
+    assert gap(pair.theirs(tokens).logits.exp(), logits.exp()) > 0.1
+    bias.copy_(before)
+
+
+@pytest.mark.parametrize("name", ["softmax", *NEW])
+@torch.no_grad()
+def test_the_loss_is_that_of_the_trainers_evaluation(name, pairs):
+    """`Trainer.losses`, by which val_loss is measured, with a head that has no padding."""
+    pair, tokens = pairs(name), some_tokens(2)
+    ours, docs = pair.ours, (tokens == EOT).cumsum(1).int()
+    head = T.Head(ours.head[:257], ours.softcap, torch.float32, False, False)
+    targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], dim=1)
+    batch = T.Batch(tokens.int(), targets, docs, None)
+    trainer = types.SimpleNamespace(pointer=ours.pointer, head=head)
+    nats = T.Trainer.losses(trainer, ours(tokens, docs, T.windows(EXTENDED, "cpu")), batch)
+    wanted = float(nats.sum()) / (targets >= 0).sum()
+    assert float(pair.theirs(tokens, labels=tokens).loss) == pytest.approx(float(wanted), abs=1e-5)
 
 
 @torch.no_grad()
@@ -349,7 +433,7 @@ def test_generate_greedy(name, pairs):
         assert ids[0].tolist() == got[i, start:].tolist()
 
 
-@pytest.mark.parametrize("name", ["window2", *SELECTIVE])
+@pytest.mark.parametrize("name", ["window2", "all of 2026", *SELECTIVE])
 @torch.no_grad()
 def test_generate_sampling_beams_and_lookup(name, pairs):
     """What reorders, repeats and crops the cache does it to the documents, too, and to what was
@@ -389,9 +473,10 @@ def test_generate_ends_with_the_document(pairs):
 # ---- training further ---------------------------------------------------------------------------
 
 
-def test_loss_and_gradients(pairs):
+@pytest.mark.parametrize("name", ["diff_v1", "all of 2026"])
+def test_loss_and_gradients(name, pairs):
     """The loss of labels is cross-entropy over the real vocabulary, and every parameter learns."""
-    pair, tokens = pairs("diff_v1"), some_tokens(2)
+    pair, tokens = pairs(name), some_tokens(2)
     labels = tokens.clone()
     labels[:, :50] = -100
     out = pair.theirs(tokens, labels=labels)

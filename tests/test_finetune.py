@@ -36,6 +36,14 @@ def base(text_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def mixed(text_data, tmp_path_factory):
+    """A run with paired heads, a copy head and a table of n-grams."""
+    out = tmp_path_factory.mktemp("mixed")
+    how = {"copy": True, "ngram": 1024, "paired": (0,), "save_final": True, "run_id": "mixed"}
+    return Path(T.train(H.tiny(text_data, out, **how))["run"])
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     return F.write_csqa(F.write_coqa(folder))
@@ -159,6 +167,40 @@ def test_the_loops_loss_is_that_of_the_answers(kind, base, data, tmp_path):
     grads = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
     length = sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5
     assert float(norm) == pytest.approx(length, rel=1e-4)
+
+
+def of_the_mixture(model, task, window) -> float:
+    """nats of a held-out answer token, each document by itself, by `logits`."""
+    found = []
+    for unit in task.held_out:
+        for document in unit:
+            ids = torch.from_numpy(document.ids)[None]
+            log_p = model.logits(ids, torch.zeros_like(ids), window)[0].log_softmax(-1)
+            at = document.targets >= 0
+            found.append(-log_p[at, document.targets[at]])
+    return float(torch.cat(found).mean())
+
+
+@pytest.mark.parametrize("kind", ["csqa_cloze", "csqa_head", "coqa"])
+def test_a_copy_head_is_tuned_and_a_table_is_not(kind, mixed, data, tmp_path):
+    """What is looked at is the mixture; nothing is trained by a choice that it has no part in; the
+    table is there once, and a seed's run has it as it was."""
+    tuning, saved = tuning_of(mixed, data, tmp_path, kind, "--lr", "0.5"), weights(mixed)
+    table = tuning.start.weights["ngram.table"]
+    tuning.trainer.reset(0, 0)
+    model, window = tuning.trainer.model, T.windows(tuning.start.window, "cpu")
+    assert model.ngram.table.data_ptr() == table.data_ptr()
+    if kind == "coqa":
+        look = tuning.task.look(model, window)["nats"]
+        assert look == pytest.approx(of_the_mixture(model, tuning.task, window), rel=1e-4)
+    figures = tuning.run(0)["figures"]
+    assert all(0 <= value <= 100 for value in figures.values())
+    tuned = weights(tmp_path / f"{kind}_s0")
+    assert tuning.kept.weights["ngram.table"].data_ptr() == table.data_ptr()
+    assert torch.equal(tuned["ngram.table"], saved["ngram.table"]) and table.any()
+    moved = {name for name in tuned if not torch.equal(tuned[name], saved[name])}
+    assert "blocks.0.attn.arm.q.weight" in moved
+    assert ("pointer.gate" in moved) == ("pointer.q.weight" in moved) == (kind != "csqa_head")
 
 
 def answers_in(text: str, kind: str) -> list[tuple[int, int]]:

@@ -111,9 +111,10 @@ def checkpoint(folder: Path, preset: str, window: int = 256, **changes) -> Path:
 def ours(run: Path, items: hellaswag.Items, positions: int = 4096) -> np.ndarray:
     model, meta = sample.load(run, "cpu", positions)
     window = T.windows(sample.best_window(meta), "cpu")
-    model.flex = None
+    sample.by_dense_masks(model, None)
     found = hellaswag.log_likelihoods(model, items, window, T.World(torch.device("cpu")))
-    assert model.flex is None, "the trainer's next step needs it as it was"
+    parts = [part for part in (model, model.pointer) if part is not None]
+    assert all(part.flex is None for part in parts), "the trainer's next step needs it as it was"
     return found
 
 
@@ -122,6 +123,7 @@ def ours(run: Path, items: hellaswag.Items, positions: int = 4096) -> np.ndarray
 CASES = {
     "softmax": ("demo", {"arm": "softmax"}),
     "diff_v2": ("demo", {"arm": "diff_v2", "softcap": 0.0}),
+    "copy": ("demo", {"copy": True, "paired": (1,)}),
     "gpt2": ("gpt2", {"arm": "softmax", "window": 1024}),
 }
 

@@ -153,6 +153,31 @@ def test_maps_are_the_models(preset, arm):
             torch.testing.assert_close(sums, y[0], atol=2e-5, rtol=1e-4)
 
 
+def test_paired_heads_are_shown_by_token():
+    """A pair's weights on both keys of a token, from those that its row of twice the length has;
+    the whole page is made of them."""
+    cfg = config(paired=(0, 2), n_head=4, head_dim=8)
+    model, window = model_of(cfg), 9
+    inputs = []
+    model.blocks[0].attn.arm.register_forward_hook(lambda m, x, y: inputs.append(x[0]))
+    layers = look.attention_maps(model, tokens_like(DOCS), DOCS, WINDOWS)
+    assert [layer.first.shape for layer in layers] == [(4, LENGTH, LENGTH)] * 3
+    assert [bool(layer.note) for layer in layers] == [True, False, True]
+    assert {layer.arm for layer in layers} == {"softmax"}
+    arm, (x,) = model.blocks[0].attn.arm, inputs
+    q, k = ((x[0] @ m.weight.T).view(1, LENGTH, 2, 2, 8).flatten(1, 2) for m in (arm.q, arm.k))
+    q, k = (t[0] for t in arm.position(q, k, model.contexts(DOCS[None], WINDOWS)[0]))
+    scale = model.score_scale(8)
+    for head in range(4):
+        for t in (0, 5, 14, 32):
+            at, own = 2 * t + head // 2, torch.zeros(LENGTH)
+            seen = [s for s in range(max(0, at - window + 1), at + 1) if DOCS[s // 2] == DOCS[t]]
+            weights = torch.softmax(scale * k[seen, head % 2] @ q[at, head % 2], 0)
+            own.index_add_(0, torch.tensor(seen) // 2, weights)
+            torch.testing.assert_close(layers[0].first[head, t], own, atol=1e-6, rtol=1e-5)
+    assert len(look.head_figures(layers[0], DOCS)) == 4
+
+
 def test_rows_sum_to_one_and_respect_the_mask():
     model = model_of(config(arm="diff_v2,window2=5"))
     t = torch.arange(LENGTH)

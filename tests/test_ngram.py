@@ -436,13 +436,21 @@ def test_a_checkpoint_is_a_model(text_data, tmp_path):
         torch.testing.assert_close(model(*inputs), trainer.model(*inputs))
 
 
-def test_it_cannot_be_exported(text_data, tmp_path, capsys):
-    pytest.importorskip("transformers")
-    from evals import export
-
-    T.train(config(text_data, tmp_path, run_id="a", save_final=True, tokens=512))
-    assert export.main([str(tmp_path / "a"), str(tmp_path / "folder")]) == 2
-    assert "no --ngram table" in capsys.readouterr().err and not (tmp_path / "folder").exists()
+def test_a_table_made_for_a_checkpoint_has_its_dtype():
+    """That of a GPU's run is in bfloat16, and in an fp32 model it stays so; one that is there takes
+    what it is given."""
+    model = build(ngram=256)
+    model.ngram.make(torch.bfloat16)
+    model.ngram.table.normal_()
+    loaded, inputs = build(ngram=256), (*rows_of_text(), window())
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.ngram.table.dtype == torch.bfloat16
+    widened = build(ngram=256)
+    widened.ngram.make()
+    widened.load_state_dict(model.state_dict())
+    assert widened.ngram.table.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs), widened(*inputs)), "rows are added up in the model's"
 
 
 def test_evals_take_a_checkpoint_of_it(text_data, tmp_path):

@@ -146,6 +146,25 @@ def test_a_pruned_layer_is_a_forgetful_one(budget, policy):
         assert (got - arm(x, None, ctx)[0][0].view_as(got)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_paired_heads_have_two_keys_a_token():
+    """Rows of twice the length: half of them kept are so many keys; all, the layer's own output."""
+    cfg = T.make_config("demo", **{**SMALL, "paired": (1,)}).model
+    model = T.GPT(cfg, LENGTH).eval()
+    H.randomise(model)
+    tokens = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(0)).int()
+    inputs = (tokens, torch.zeros_like(tokens), torch.tensor([99, 99], dtype=torch.int32))
+    want, found = model(*inputs), {}
+    for share in (1.0, 0.5):
+        sizes = []
+        with prune.pruning(share, "age", sizes):
+            found[share] = model(*inputs)
+        full = 2 * LENGTH
+        assert sizes[1] == (round(share * full), full)
+        assert sizes[0] == (round(share * LENGTH), LENGTH)
+    assert torch.equal(found[1.0], want) and not torch.equal(found[0.5], want)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 SMALL = {
@@ -291,13 +310,6 @@ def test_documents_in_one_call_or_several(arm, text, tmp_path, monkeypatch):
     monkeypatch.setitem(prune.CALL_NUMBERS, "cpu", 2 * 2 * 64**2)  # two rows of two heads
     for a, b in zip(prune.measure(run, rows, [1.0, 0.1], "cpu", set()), want, strict=True):
         assert (a.kept, a.loss) == (b.kept, pytest.approx(b.loss, rel=1e-6))
-
-
-def test_paired_heads_are_refused(text, tmp_path, capsys):
-    """Their rows have every token twice, and a cache of a token is two keys."""
-    run = checkpoint(tmp_path / "r", long_layers=(0, 2), paired=(1,))
-    assert prune.main([str(run), "--data", str(text), "--out", str(tmp_path / "o")]) == 2
-    assert "has --paired layers" in capsys.readouterr().err
 
 
 def test_bad_words(text, tmp_path, capsys):
