@@ -3272,15 +3272,21 @@ def to_host(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
 
 
-def save_checkpoint(folder: Path, state: dict, meta: dict, keep: int) -> Path:
-    """folder/step_%08d/{state.pt, meta.json, DONE}: written aside, synced, renamed; then all but
-    the newest `keep` go. A checkpoint is whole or absent; OSError where the disk does not take it,
-    and then nothing of it is left."""
+def save_checkpoint(
+    folder: Path, state: dict, meta: dict, keep: int, table: Path | None = None
+) -> Path:
+    """folder/step_%08d/{state.pt, meta.json, DONE, table.pt if there is one of n-grams}: written
+    aside, synced, renamed; then all but the newest `keep` go. A checkpoint is whole or absent;
+    OSError where the disk does not take it, and then nothing of it is left.
+
+    table: the table.pt of a checkpoint whose table this one has, too: a second name for that file
+    where the file system gives one, since a table of 8.4M rows is 13 GB.
+    """
     final = folder / f"step_{meta['step']:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        write_checkpoint(aside, state, meta)
+        write_checkpoint(aside, state, meta, table)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -3294,15 +3300,30 @@ def save_checkpoint(folder: Path, state: dict, meta: dict, keep: int) -> Path:
     return final
 
 
-def write_checkpoint(folder: Path, state: dict, meta: dict) -> None:
-    """state.pt; meta.json with its digest; DONE with meta.json's. All of it is on the disk then."""
+def write_checkpoint(folder: Path, state: dict, meta: dict, table: Path | None = None) -> None:
+    """state.pt and table.pt; meta.json with their digests; DONE with meta.json's. All of it is on
+    the disk then."""
     folder.mkdir(parents=True)
+    model = dict(state.get("model", {}))
+    parts = {"state.pt": state}
+    if RowAdam.NAME in model:
+        parts = {"table.pt": model.pop(RowAdam.NAME), "state.pt": {**state, "model": model}}
+    if table is not None:
+        del parts["table.pt"]
+        try:
+            os.link(table, folder / "table.pt")
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(table, folder / "table.pt")
     try:
-        with (folder / "state.pt").open("wb") as f:
-            torch.save(state, f)
+        for name, part in parts.items():
+            with (folder / name).open("wb") as f:
+                torch.save(part, f)
     except RuntimeError as e:  # while torch closes its archive on a disk that is full
         raise e.__context__ if isinstance(e.__context__, OSError) else e from None
     meta = {**meta, "sha256": sha256(folder / "state.pt")}
+    meta.pop("table_sha256", None)  # of what a tuned one began from
+    if (folder / "table.pt").exists():
+        meta["table_sha256"] = sha256(folder / "table.pt")
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     (folder / "DONE").write_text(sha256(folder / "meta.json"))
     for path in (*folder.iterdir(), folder):
@@ -3340,9 +3361,16 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
         if (folder / "DONE").read_text() not in ("", sha256(folder / "meta.json")):
             raise InputError(f"{folder}/meta.json is damaged (sha256)")
         meta = json.loads((folder / "meta.json").read_text())
-        if sha256(folder / "state.pt") != meta["sha256"]:
-            raise InputError(f"{folder}/state.pt is damaged (sha256)")
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
+        parts = {}
+        for name, key in (("state.pt", "sha256"), ("table.pt", "table_sha256")):
+            if key == "sha256" or key in meta:
+                if sha256(folder / name) != meta[key]:
+                    raise InputError(f"{folder}/{name} is damaged (sha256)")
+                parts[name] = torch.load(folder / name, map_location="cpu", weights_only=True)
+        state = parts["state.pt"]
+        if "table.pt" in parts:
+            state["model"][RowAdam.NAME] = parts["table.pt"]
+        return state, meta
     except InputError:
         raise
     except CANNOT_READ as e:

@@ -85,6 +85,14 @@ class Start:
         return cls(Path(path), meta, weights, words, window, lineage(path))
 
     @property
+    def table(self) -> Path | None:
+        """The file of its table of n-grams, which checkpoints that are tuned from it share."""
+        if exported.is_folder(self.path):
+            return None
+        path = T.find_checkpoint(self.path) / "table.pt"
+        return path if path.exists() else None
+
+    @property
     def is_gpt2(self) -> bool:
         return self.meta["config"]["preset"] == "gpt2"
 
@@ -151,6 +159,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"micro_batch_tokens": call, "val_row_tokens": row},
         **{"val_call_tokens": row * max(1, call // row)},
         **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
+        "cuda_graphs": False,
         # Kernels of the pretraining machine: nothing is compiled here, and rows are short.
         **{"attention": "flex", "mlp_kernel": False, "mlp_fp8": False, "loss_kernel": False},
         **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
@@ -177,13 +186,13 @@ class Kept:
     def step(self) -> int:
         return self.meta["step"]
 
-    def save(self, run: Path, keep: int) -> Path:
-        """RUN's newest checkpoint, without what a later step has left there. OSError as
-        T.save_checkpoint: what was there before stands."""
+    def save(self, run: Path, keep: int, table: Path | None = None) -> Path:
+        """RUN's newest checkpoint, without what a later step has left there. OSError and `table`
+        as T.save_checkpoint: what was there before stands."""
         folder = run / "ckpt"
         later = [p for p in T.whole_checkpoints(folder) if p.name > f"step_{self.step:08d}"]
         state = {"model": {name: p.cpu() for name, p in self.weights.items()}}
-        saved = T.save_checkpoint(folder, state, self.meta, keep + len(later))
+        saved = T.save_checkpoint(folder, state, self.meta, keep + len(later), table)
         for path in later:
             shutil.rmtree(path)
         return saved
@@ -282,7 +291,8 @@ class Tuning:
             return
         running = self.trainer.running
         try:
-            running.log.say(f"saved {self.kept.save(running.folder, self.trainer.cfg.run.keep)}")
+            keep, table = self.trainer.cfg.run.keep, self.start.table
+            running.log.say(f"saved {self.kept.save(running.folder, keep, table)}")
         except OSError as e:
             print(f"finetune: the best look was not saved: {e}", file=sys.stderr)
 

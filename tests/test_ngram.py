@@ -391,6 +391,37 @@ def test_resumed_it_is_the_same_to_the_bit(text_data, tmp_path, every):
     assert whole["ngram.table seen"].max() == 8 // every == whole["ngram.table step"]
 
 
+def test_a_table_s_file_is_shared(tmp_path, monkeypatch):
+    """By a second name, or a copy where there are none; whole or refused, as the rest is."""
+    table = torch.arange(8.0).view(4, 2)
+    state, meta = {"model": {"w": torch.ones(2), "ngram.table": table}}, {"step": 1}
+    first = T.save_checkpoint(tmp_path / "a", state, meta, 1)
+    _, saved = T.load_checkpoint(first)
+    second = T.save_checkpoint(tmp_path / "b", state, saved, 1, first / "table.pt")
+    assert (first / "table.pt").samefile(second / "table.pt")
+
+    def no_links(*_):
+        raise OSError
+
+    monkeypatch.setattr(T.os, "link", no_links)
+    third = T.save_checkpoint(tmp_path / "c", state, saved, 1, first / "table.pt")
+    assert not (first / "table.pt").samefile(third / "table.pt")
+    for folder in (first, second, third):
+        got, meta = T.load_checkpoint(folder)
+        assert torch.equal(got["model"]["ngram.table"], table) and "w" in got["model"]
+        assert meta["table_sha256"] == saved["table_sha256"]
+    plain = T.save_checkpoint(tmp_path / "d", {"model": {"w": torch.ones(2)}}, saved, 1)
+    assert "table_sha256" not in T.load_checkpoint(plain)[1]
+    with (third / "table.pt").open("r+b") as f:
+        f.seek(-4, 2)
+        f.write(b"oops")
+    with pytest.raises(T.InputError, match=r"table\.pt is damaged"):
+        T.load_checkpoint(third)
+    (third / "table.pt").unlink()
+    with pytest.raises(T.InputError, match="is no checkpoint"):
+        T.load_checkpoint(third)
+
+
 def test_reset_and_park_start_afresh(text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path, run_id="a"))
     trainer.run()
