@@ -1028,6 +1028,10 @@ class Head:
         else:
             self._cast = (self.weight.to(self.dtype),)
 
+    def drop(self) -> None:
+        """Gives up what `prepare` made."""
+        self._cast = None
+
     def piece(
         self,
         h: Tensor,
@@ -1108,10 +1112,9 @@ class Head:
 
         candidates: how many classes the softmax of a piece is over; 0: all. position (int64 on the
         device, or a number): the tokens that the run trained before h, which decides whose turn it
-        is: so a piece's candidates are
-        the same on any number of ranks and after --resume, if calls are of whole pieces or of one
-        size. Targets without a place are counted in `left_out`. copied [N] fp32: see
-        `losses_and_grad`.
+        is: so a piece's candidates are the same on any number of ranks and after --resume, if calls
+        are of whole pieces or of one size. Targets without a place are counted in `left_out`.
+        copied [N] fp32: see `losses_and_grad`.
         """
         run, turn = self.piece_fp8 if self.fp8 else self.piece, position // min(HEAD_PIECE, len(h))
         out, some = [], None
@@ -3494,13 +3497,29 @@ class Clock:
 KERNELS = ("fp8", "fa4", "mlp_kernel", "mlp_fp8", "loss_kernel")
 
 
-def record(work: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
-    """What does again what `work` now asks of the GPU, in the same memory: a CUDA graph's replay.
-    Graphs of one pool use each other's memory, but for what outlives their recording."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        work()
-    return graph.replay
+class Recorder:
+    """Makes CUDA graphs that use each other's memory, but for what outlives a recording.
+
+    On a stream of its own: the kernels of cuBLAS have a workspace for each stream, which PyTorch
+    2.13 frees with any graph that was recorded there, another trainer's too.
+    """
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.renew()
+
+    def renew(self) -> None:
+        """Other memory for the graphs to come, when those before are gone: what is left of theirs
+        (a workspace is) would be of a pool that PyTorch lets nobody enter again."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What does again what `work` now asks of the GPU, in the same memory: a replay."""
+        gc.collect()  # no node of a way back that was made on another stream may be met again
+        graph, how = torch.cuda.CUDAGraph(), {"capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **how):
+            work()
+        return graph.replay
 
 
 class CallGraph:
@@ -3534,7 +3553,7 @@ class CallGraph:
             here.copy_(t, non_blocking=True)
         self.position.fill_(position)
         if self.ran and self.replay is None:
-            self.replay = record(self.work, self.trainer.pool)
+            self.replay = self.trainer.recorder.record(self.work)
         if self.replay is None:
             self.work()
         else:
@@ -3561,6 +3580,8 @@ class CallGraph:
         inputs = [*self.params, *pairs]
         grads = torch.autograd.grad(roots, inputs, grads, allow_unused=True)
         both = dict(zip(self.params, grads[: len(self.params)], strict=True))
+        if both[weight] is not None:  # the head is the embedding, too
+            weight.grad.add_(both[weight])
         both[weight], weight.grad = weight.grad, before
         self.grads = [(p, g) for p, g in both.items() if g is not None]
         self.found = grads[len(self.params) :]
@@ -3670,7 +3691,7 @@ class Trainer:
                 self.optimizer.rows.update_rows = fused_row_update
         self.fp8, self.fa4, mlp, mlp8, loss = (self.uses(name) for name in KERNELS)
         self.graphed = cfg.run.cuda_graphs and world.cuda
-        self.pool = torch.cuda.graph_pool_handle() if self.graphed else (0, 0)
+        self.recorder = Recorder() if self.graphed else None
         for module in self.model.modules():
             if isinstance(module, MLP):
                 module.fused, module.fp8 = mlp, mlp8
@@ -3766,10 +3787,12 @@ class Trainer:
         tables some 4.5 GB stay (weights, gradients, optimizer, RoPE), and the CUDA context. An
         n-gram table does not: it is gone."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
+        self.optimizer.zero_grad()  # after a step that failed they may lie in a graph's memory
         self.calls.clear()
+        self.head.drop()
+        if self.recorder is not None:
+            self.recorder.renew()
         self.optimizer.drop_samples()  # of a run that did not come to its end
-        if self.optimizer.rows is not None:
-            self.optimizer.rows.clear()
         if self.ngram is not None:
             self.ngram.table = None
         gc.collect()
@@ -3788,7 +3811,9 @@ class Trainer:
             self.ngram.make()
         stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
         stages = self.cfg.schedule.stages
-        for rows, row, some in sorted({(*self.call_shape(s.tokens), s.candidates) for s in stages}):
+        shapes = {(*self.call_shape(s.tokens), s.candidates) for s in stages}
+        # The largest first: a graph of smaller calls then fits into its memory.
+        for rows, row, some in sorted(shapes, key=lambda s: (-s[0] * s[1], s)):
             of = f", loss over {some} classes" if some else ""
             self.announce(f"training graph, {rows} x {row} tokens a call{of}")
             tokens = rows * row * self.world.size
