@@ -147,7 +147,8 @@ def load_runs(folder: str | Path) -> list[Run]:
 
 
 def sampled(step: dict) -> int:
-    """Over how many classes the step's loss is, which is lower than one over all; 0: over all."""
+    """Over how many classes the step's loss is: an estimate of one over all, in the mean lower, as
+    it is the logarithm of one; 0: over all."""
     return step.get("candidates", 0)
 
 
