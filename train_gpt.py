@@ -3805,6 +3805,8 @@ class Trainer:
         if self.warm:
             return
         began = time.perf_counter()
+        if self.world.cuda:
+            torch.cuda.reset_peak_memory_stats()
         dynamo = torch._dynamo.config
         dynamo.error_on_recompile = False
         if self.ngram is not None:
@@ -4137,7 +4139,7 @@ class Run:
         trainer.running = self
         self.env = machine(self.world)
         self.peak = peak_flops(self.env)
-        if self.world.cuda:
+        if self.world.cuda and not trainer.graphed:  # a replay allocates nothing: the warm-up did
             torch.cuda.reset_peak_memory_stats()
         self.clock, self.first = Clock(self.world), 0
         self.writer, self.saving = ThreadPoolExecutor(1), None
