@@ -271,8 +271,8 @@ class RunConfig:
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
-    mlp_fp8: bool = knob(
-        False, "FP8 products on the fused MLP's way forward, looks and val too (84, 89)"
+    mlp_fp8: str = knob(
+        "", "FP8 in the fused MLP: forward (looks and val too; 84, 89) | both: dx in FP8 as well"
     )
     loss_kernel: bool = knob(True, "fused loss of the FP8 head (records 60, 67), likewise")
     attention: str = knob(
@@ -412,12 +412,16 @@ DELETED = {"mtp": False, "fused_update": None}
 
 
 def without_deleted(flat: dict, source: str | Path) -> dict:
-    """A saved `Config.flat` less the settings that are gone; InputError where one was on."""
+    """A saved `Config.flat` less the settings that are gone; InputError where one was on. mlp_fp8
+    was a switch, for the way forward."""
     for name, off in DELETED.items():
         if off is not None and flat.get(name, off) != off:
             said = f"{source} has {name} {flat[name]!r}, which was deleted since"
             raise InputError(f"{said}: use the train_gpt.py that it was made with")
-    return {name: value for name, value in flat.items() if name not in DELETED}
+    flat = {name: value for name, value in flat.items() if name not in DELETED}
+    if isinstance(flat.get("mlp_fp8"), bool):
+        flat["mlp_fp8"] = "forward" if flat["mlp_fp8"] else ""
+    return flat
 
 
 def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
@@ -526,6 +530,7 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
     for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
         need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
+    need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
     need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
     if r.attention == "fa4":
         need(
@@ -832,7 +837,7 @@ def _(a, b, scale_a, scale_b, out_dtype, fast):
     return a.new_empty((a.size(0), b.size(1)), dtype=out_dtype)
 
 
-def to_fp8(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def to_fp8(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """x / scale in FP8, saturating: on a GPU torch's own cast may turn an overflow into NaN."""
     top = torch.finfo(dtype).max
     return (x.float() * (1 / scale)).clamp(-top, top).to(dtype)
@@ -2058,9 +2063,10 @@ class Ngram(nn.Module):
 
 
 class MLP(nn.Module):
-    """relu(x W1)^2 W2; `fused` and `fp8` are set by who has seen that the kernels work here."""
+    """relu(x W1)^2 W2; `fused` and `fp8` ("", forward or both: RunConfig.mlp_fp8) are set by who
+    has seen that the kernels work here."""
 
-    fused = fp8 = False
+    fused, fp8 = False, ""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -2074,7 +2080,7 @@ class MLP(nn.Module):
             x, shape = x.flatten(0, -2), x.shape
             if self.fp8:
                 eights = mlp_in_fp8(x, self.up.weight, self.down.weight)
-                return fused_mlp_fp8(x, up, down, *eights)[0].view(shape)
+                return fused_mlp_fp8(x, up, down, *eights, self.fp8 == "both")[0].view(shape)
             return fused_mlp(x, up, down)[0].view(shape)
         return self.down(F.relu(self.up(x)).square())
 
@@ -3694,7 +3700,7 @@ class Trainer:
         self.recorder = Recorder() if self.graphed else None
         for module in self.model.modules():
             if isinstance(module, MLP):
-                module.fused, module.fp8 = mlp, mlp8
+                module.fused, module.fp8 = mlp, cfg.run.mlp_fp8 if mlp8 else ""
         compiled, cap, tied = cfg.run.compile, self.model.softcap, cfg.model.tie
         for bank in self.optimizer.banks if compiled and world.cuda else ():
             bank.compile()
@@ -3733,7 +3739,7 @@ class Trainer:
             odd = [width for width in widths if width % 16]
             reason = f"it wants widths by 16, not {odd}" if odd else ""
             reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
-            why["mlp_fp8"] = reason or probe_mlp_fp8(device)
+            why["mlp_fp8"] = reason or probe_mlp_fp8(device, run.mlp_fp8 == "both")
         if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
             mixed = getattr(self.model, "pointer", None) is not None
             why["loss_kernel"] = probe_loss(device, mixed)
@@ -4714,6 +4720,7 @@ class Tile:
 UP_TILE = Tile(128, 256, 64, warps=8, stages=4, programs=1)
 UP8_TILE = Tile(128, 256, 128, warps=8, stages=3, programs=1)  # operands in FP8
 BACK_TILE = Tile(128, 128, 64, warps=4, stages=3, programs=2)
+BACK8_TILE = Tile(128, 128, 64, warps=4, stages=4, programs=2)
 
 
 @jit
@@ -4722,17 +4729,28 @@ def halves(t):
     return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
 
 
+# By this the FP8 sums of an MLP's way back are divided, at d = 768 up to 448^2 x 768 = 1.5e8 times
+# 2 sqrt(post): e5m2 then holds what is from 4 to 1.5e10, at three bits from 16 on.
+INNER8_SCALE = 2.0**18
+
+
 @jit
-def relu2_part(t, post, out, out8, m, n, BACK: tl.constexpr):
+def relu2_part(t, rows, post, out, out8, m, n, BACK: tl.constexpr):
     if BACK:
         t = t * (2 * tl.sqrt(post.load([m, n]).to(tl.float32)))
+        if out8 is not None:
+            eight = t * 2.0**-18  # / INNER8_SCALE; then the largest e5m2
+            eight = tl.clamp(eight, -57344.0, 57344.0, tl.PropagateNan.ALL)
+            out8.store([m, n], eight.to(out8.dtype))
+            t *= rows[:, None]
+        out.store([m, n], t.to(out.dtype))
     else:
         t = tl.maximum(t, 0.0, tl.PropagateNan.ALL)
         t = t * t
-    out.store([m, n], t.to(out.dtype))
-    if out8 is not None:
-        t = tl.minimum(t, 448.0, tl.PropagateNan.ALL)  # the largest e4m3
-        out8.store([m, n], t.to(out8.dtype))
+        out.store([m, n], t.to(out.dtype))
+        if out8 is not None:
+            t = tl.minimum(t, 448.0, tl.PropagateNan.ALL)  # the largest e4m3
+            out8.store([m, n], t.to(out8.dtype))
 
 
 @jit
@@ -4752,7 +4770,8 @@ def relu2_tiles(
     BACK: tl.constexpr,
 ):
     """out [M, N] = relu(a [M, K] b [N, K]^T)^2; with BACK (a [M, K] b [K, N]) x 2 sqrt(post).
-    Operands in FP8 come with the `scale` of their product, and out8 is out in FP8.
+    Operands in FP8 come with the `scale` of their product, and out8 is out in FP8; with BACK b is
+    [N, K] then, scale [M], and out8 without it, / INNER8_SCALE, in e5m2.
 
     A program computes every so many tiles, columns first, so that all of b stays in the L2 cache;
     flattened, the loop loads the next tile while this one leaves.
@@ -4763,23 +4782,28 @@ def relu2_tiles(
         m, n = tile // columns * BM, tile % columns * BN
         total = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
-            if BACK:
+            if BACK and out8 is None:
                 total = tl.dot(a.load([m, k]), b.load([k, n]), total)
             else:
                 total = tl.dot(a.load([m, k]), b.load([n, k]).T, total)
-        if scale is not None:
-            total *= tl.load(scale)
+        rows = scale
+        if out8 is not None:
+            if BACK:
+                row = m + tl.arange(0, BM)
+                rows = tl.load(scale + row, row < M, 0.0)
+            else:
+                total *= tl.load(scale)
         left, right = halves(total)
         if BACK:  # in quarters, as post comes in beside it
             first, second = halves(left)
             third, fourth = halves(right)
-            relu2_part(first, post, out, out8, m, n, BACK)
-            relu2_part(second, post, out, out8, m, n + BN // 4, BACK)
-            relu2_part(third, post, out, out8, m, n + BN // 2, BACK)
-            relu2_part(fourth, post, out, out8, m, n + 3 * BN // 4, BACK)
+            relu2_part(first, rows, post, out, out8, m, n, BACK)
+            relu2_part(second, rows, post, out, out8, m, n + BN // 4, BACK)
+            relu2_part(third, rows, post, out, out8, m, n + BN // 2, BACK)
+            relu2_part(fourth, rows, post, out, out8, m, n + 3 * BN // 4, BACK)
         else:
-            relu2_part(left, post, out, out8, m, n, BACK)
-            relu2_part(right, post, out, out8, m, n + BN // 2, BACK)
+            relu2_part(left, rows, post, out, out8, m, n, BACK)
+            relu2_part(right, rows, post, out, out8, m, n + BN // 2, BACK)
 
 
 def relu2_product(
@@ -4787,11 +4811,12 @@ def relu2_product(
 ) -> Tensor:
     """`relu2_tiles` on contiguous matrices; the TMA unit wants rows by 16 B: K and N by 8, in FP8
     by 16. Where out8 [M, N] is given it and the operands are in FP8, the result is in bfloat16 and
-    `scale` is the product's."""
+    `scale` is the product's, on the way back one of each row."""
     back, unit = post is not None, 8 if out8 is None else 16
-    (m, k), n = a.shape, b.size(1 if back else 0)
+    across = back and out8 is None  # b [K, N]
+    (m, k), n = a.shape, b.size(1 if across else 0)
     assert a.is_contiguous() and b.is_contiguous(), (a.stride(), b.stride())
-    assert b.size(0 if back else 1) == k and k % unit == n % unit == 0, (a.shape, b.shape)
+    assert b.size(0 if across else 1) == k and k % unit == n % unit == 0, (a.shape, b.shape)
     out = a.new_empty(m, n, dtype=a.dtype if out8 is None else torch.bfloat16)
     described, part = TensorDescriptor.from_tensor, [tile.m, tile.n // (4 if back else 2)]
     programs = 1
@@ -4800,7 +4825,7 @@ def relu2_product(
         programs = tile.programs * card.multi_processor_count
     relu2_tiles[(min(programs, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)),)](
         described(a, [tile.m, tile.k]),
-        described(b, [tile.k, tile.n] if back else [tile.n, tile.k]),
+        described(b, [tile.k, tile.n] if across else [tile.n, tile.k]),
         scale,
         described(post, part) if back else None,
         described(out, part),
@@ -4875,50 +4900,103 @@ def fused_mlp_fp8(
     down8: Tensor,
     up_scale: Tensor,
     down_scale: Tensor,
+    both: bool,
 ) -> tuple[Tensor, Tensor]:
     """`fused_mlp` of what `mlp_in_fp8` made of its inputs: both products in FP8, the second's left
-    operand cut at 448. The way back, from x, up and down, is the same."""
+    operand cut at 448. The way back, from x, up and down, is the same but for `both`, where the
+    gradient of x comes by FP8, too."""
     post8 = torch.empty(x.size(0), up.size(0), dtype=E4M3, device=x.device)
     post = relu2_product(x8, up8, None, UP8_TILE, post8, up_scale)
     return fp8_mm(post8, down8.t(), up_scale.new_ones(()), down_scale, x.dtype, True), post
 
 
+@torch.library.custom_op("nca::mlp_back_fp8", mutates_args=())
+def mlp_back_fp8(
+    grad8: Tensor, up8t: Tensor, down8t: Tensor, rows: Tensor, scale: Tensor, post: Tensor
+) -> tuple[Tensor, Tensor]:
+    """grad8 [M, d], up8t [d, width], down8t [width, d] in e4m3 -> gradients of x up^T [M, width],
+    with rows [M] as scales of its product's rows, and of x [M, d], in bfloat16; the second with one
+    `scale` for all, so that what made rows differ is left to the caller."""
+    inner8 = torch.empty_like(post, dtype=E5M2)
+    inner = relu2_product(grad8, down8t, post, BACK8_TILE, inner8, rows)
+    return inner, fp8_mm(inner8, up8t.t(), scale.new_ones(()), scale, inner.dtype, True)
+
+
 @fused_mlp_fp8.register_fake
-def _(x, up, down, x8, up8, down8, up_scale, down_scale):
+def _(x, up, down, x8, up8, down8, up_scale, down_scale, both):
     shape = x.size(0), up.size(0)
     return x.new_empty(x.size(0), down.size(0)), x.new_empty(shape, dtype=torch.bfloat16)
 
 
+@mlp_back_fp8.register_fake
+def _(grad8, up8t, down8t, rows, scale, post):
+    return torch.empty_like(post), torch.empty_like(grad8, dtype=post.dtype)
+
+
 def mlp_keep_fp8(ctx, inputs, output) -> None:
-    mlp_keep(ctx, inputs[:3], output)
+    *_, ctx.both = inputs
+    if not ctx.both:
+        return mlp_keep(ctx, inputs[:3], output)
+    x, _, _, _, *eights, _ = inputs
+    mlp_keep(ctx, (x, *eights), output)
+
+
+def gradient_in_fp8(grad: Tensor, up8, down8, up_scale, down_scale) -> tuple[Tensor, ...]:
+    """The gradient of the MLP's output [M, d] -> what `mlp_back_fp8` takes before post, and the
+    scales [M, 1] by which its rows were cut: each by its largest value, in the pass that reads it,
+    where one for all would need another pass."""
+    of_rows = grad.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 448
+    of_up = up_scale / (grad.size(1) ** 0.5 / 448)  # see mlp_in_fp8
+    scale = INNER8_SCALE * of_up * down_scale
+    eights = to_fp8(grad, of_rows, E4M3), transposed(up8), transposed(down8)
+    return *eights, of_rows[:, 0] * down_scale, scale, of_rows
 
 
 def mlp_gradients_fp8(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
-    return *mlp_gradients(ctx, grad, _), *(None,) * 5
+    if not ctx.both:
+        return *mlp_gradients(ctx, grad, _), *(None,) * 6
+    x, *eights, post = ctx.saved_tensors
+    grad = grad.contiguous()
+    *operands, of_rows = gradient_in_fp8(grad, *eights)
+    inner, dx = mlp_back_fp8(*operands, post)
+    dx = (dx * of_rows).to(x.dtype)
+    return dx, inner.t() @ x, grad.t() @ post, *(None,) * 6
 
 
 fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
 
 
 @functools.cache
-def probe_mlp_fp8(device: torch.device) -> str:
-    """Of its way forward, against fp64 on the same FP8 numbers: what is left are sums in fewer
-    bits, and what of post they make round the other way."""
+def probe_mlp_fp8(device: torch.device, both: bool = False) -> str:
+    """Of its way forward, and back where that is in FP8, too: against fp64 on the same FP8 numbers.
+    What is left are sums in fewer bits, and what of post they make round the other way."""
     if not hopper(device):
         return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
-    shapes = (304, 128), (528, 128), (128, 528)
-    x, up, down = (torch.randn(shape, generator=gen, device=device) for shape in shapes)
+    shapes = (304, 128), (528, 128), (128, 528), (304, 128)
+    x, up, down, grad = (torch.randn(shape, generator=gen, device=device) for shape in shapes)
     x, up = norm(x), up / 128**0.5
     try:
         x8, up8, down8, up_scale, down_scale = eights = mlp_in_fp8(x, up, down)
         bf16 = (t.to(torch.bfloat16) for t in (x, up, down))
-        got = fused_mlp_fp8(*bf16, *eights)
-        post = F.relu(x8.double() @ up8.double().t() * up_scale).square()
-        y = post.float().clamp(max=448).to(E4M3).double() @ down8.double().t() * down_scale
-        return verdict(errors_of(got, (y, post)), 0.02)
+        got = y, post = fused_mlp_fp8(*bf16, *eights, both)
+        exact = F.relu(x8.double() @ up8.double().t() * up_scale).square()
+        post8 = exact.float().clamp(max=448).to(E4M3).double()
+        want = post8 @ down8.double().t() * down_scale, exact
+        if both:
+            *operands, _ = gradient_in_fp8(grad.bfloat16(), *eights[1:])
+            got += mlp_back_fp8(*operands, post)
+            want += exact_back(*operands, post)
+        return verdict(errors_of(got, want), 0.02)
     except Exception as e:
         return failure(e)
+
+
+def exact_back(grad8, up8t, down8t, rows, scale, post) -> tuple[Tensor, Tensor]:
+    """`mlp_back_fp8` in fp64."""
+    inner = grad8.double() @ down8t.double().t() * 2 * post.double().sqrt()
+    inner8 = to_fp8(inner, INNER8_SCALE, E5M2).double()
+    return inner * rows[:, None], inner8 @ up8t.double().t() * scale
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def tuning_config(start: Start, task: Task, steps: int, args: argparse.Namespace
         **{"device": args.device, "dtype": "auto", "fp8": False, "compile": False},
         "cuda_graphs": False,
         # Kernels of the pretraining machine: nothing is compiled here, and rows are short.
-        **{"attention": "flex", "mlp_kernel": False, "mlp_fp8": False, "loss_kernel": False},
+        **{"attention": "flex", "mlp_kernel": False, "mlp_fp8": "", "loss_kernel": False},
         **{"looks": looks, "final_val": False, "out": str(args.out), "run_id": "", "track": ""},
         **{"save_every": 0, "save_final": False, "keep": 1, "resume": "", "require_gpu": False},
     }

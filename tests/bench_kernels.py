@@ -50,6 +50,14 @@ BACK_TILES = (
     (128, 256, 64, 8, 3, 1),
     (256, 128, 64, 8, 3, 1),
 )
+BACK8_TILES = (
+    (128, 128, 64, 4, 4, 2),
+    (128, 128, 64, 4, 3, 2),
+    (128, 128, 64, 4, 3, 3),
+    (128, 128, 128, 4, 2, 2),
+    (128, 128, 128, 8, 2, 2),
+    (128, 256, 128, 8, 3, 1),
+)
 ROW_BLOCKS = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
 # rows, columns, tiles of a group, warps, registers a thread
 GRAD_TILES = (
@@ -117,9 +125,9 @@ def bench_products(tokens: int, width: int) -> None:
 def bench_mlp(tokens: int) -> None:
     """The whole MLP as the trainer compiles it, weights in fp32."""
     cfg = T.make_config(vocab=VOCAB).model
-    mlps = [T.MLP(cfg, 0).to(DEVICE) for _ in range(3)]
+    mlps = [T.MLP(cfg, 0).to(DEVICE) for _ in range(4)]
     for i, mlp in enumerate(mlps):
-        mlp.fused, mlp.fp8 = i > 0, i > 1
+        mlp.fused, mlp.fp8 = i > 0, ("", "", "forward", "both")[i]
         torch.nn.init.normal_(mlp.up.weight, std=0.04)
         torch.nn.init.normal_(mlp.down.weight, std=0.02)
     x = rand(tokens // 16_384, 16_384, D).requires_grad_()
@@ -136,13 +144,15 @@ def bench_mlp(tokens: int) -> None:
 
     flops = 4 * tokens * D * 4 * D
     began = time.perf_counter()
-    both(0), both(1), both(2)
+    both(0), both(1), both(2), both(3)
     print(f"    (compiled in {time.perf_counter() - began:.0f} s)", flush=True)
     times = in_turns(lambda: both(0), lambda: both(1))
     row("MLP, forward + backward, 3072", *times, 3 * flops, "TFLOP/s")
     row("MLP, forward, 3072", *in_turns(lambda: forward(0), lambda: forward(1)), flops, "TFLOP/s")
     times = in_turns(lambda: both(1), lambda: both(2))
     row("... in FP8, `now`: the kernel", *times, 3 * flops, "TFLOP/s")
+    times = in_turns(lambda: both(2), lambda: both(3))
+    row("... both ways, `now`: forward", *times, 3 * flops, "TFLOP/s")
     times = in_turns(lambda: forward(1), lambda: forward(2))
     row("... forward", *times, flops, "TFLOP/s")
 
@@ -197,17 +207,23 @@ def sweep(tokens: int, rows: int) -> None:
         finally:
             setattr(T, name, before)
 
-    x8, up8, _, up_scale, _ = T.mlp_in_fp8(T.norm(x), up, down)
-    post8 = torch.empty_like(post, dtype=T.E4M3)
+    x8, *eights = T.mlp_in_fp8(T.norm(x), up, down)
+    up8, _, up_scale, _ = eights
+    post8, inner8 = (torch.empty_like(post, dtype=kind) for kind in (T.E4M3, T.E5M2))
+    grad8, _, down8t, scales, *_ = T.gradient_in_fp8(grad, *eights)
 
     def eight(t: tuple) -> None:
         T.relu2_product(x8, up8, None, T.Tile(*t), post8, up_scale)
+
+    def eight_back(t: tuple) -> None:
+        T.relu2_product(grad8, down8t, post, T.Tile(*t), inner8, scales)
 
     cases = [("up", t, lambda t: T.relu2_product(x, up, None, T.Tile(*t))) for t in UP_TILES]
     cases += [("up, FP8", t, eight) for t in UP8_TILES]
     cases += [
         ("back", t, lambda t: T.relu2_product(grad, down, post, T.Tile(*t))) for t in BACK_TILES
     ]
+    cases += [("back, FP8", t, eight_back) for t in BACK8_TILES]
     cases += [("ROW_BLOCK", t, lambda t: loss("ROW_BLOCK", t)) for t in ROW_BLOCKS]
     cases += [("GRAD_TILE", t, lambda t: loss("GRAD_TILE", t)) for t in GRAD_TILES]
     for name, value, call in cases:
@@ -236,6 +252,7 @@ def main() -> None:
     for name, reason in (
         ("MLP", T.probe_mlp(DEVICE)),
         ("MLP in FP8", T.probe_mlp_fp8(DEVICE)),
+        ("MLP in FP8, both ways", T.probe_mlp_fp8(DEVICE, True)),
         ("loss", T.probe_loss(DEVICE)),
     ):
         print(f"{name}: {reason or 'works here'}")

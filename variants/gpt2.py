@@ -35,7 +35,7 @@ LACKS |= {"bigram": 0, "bigram_dim": 0, "smear": False, "shifted_cap": False, "a
 LACKS |= {"token_shares": False, "mudd": False, "ngram": 0}
 LACKS |= {"normuon": 0.0, "cautious_wd": 0.0, "tie": False, "adam_every": 1}
 LACKS |= dict.fromkeys(("head_betas", "value_betas", "scalar_betas"), (0.8, 0.95))
-LACKS |= {"cautious_adam_wd": 0.0, "paired": (), "copy": False, "mlp_fp8": False, "qk_dim": 0}
+LACKS |= {"cautious_adam_wd": 0.0, "paired": (), "copy": False, "mlp_fp8": "", "qk_dim": 0}
 
 T.PRESETS["gpt2"] = {
     **{"require_gpu": True, **LACKS, "qk_norm": False, "gate": False, "bias": True},
