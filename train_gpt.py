@@ -4969,7 +4969,7 @@ fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
 @functools.cache
 def probe_mlp_fp8(device: torch.device, both: bool = False) -> str:
     """Of its way forward, and back where that is in FP8, too: against fp64 on the same FP8 numbers.
-    What is left are sums in fewer bits, and what of post they make round the other way."""
+    What is left are sums in fewer bits, and what they make round the other way."""
     if not hopper(device):
         return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
@@ -4987,7 +4987,7 @@ def probe_mlp_fp8(device: torch.device, both: bool = False) -> str:
             *operands, _ = gradient_in_fp8(grad.bfloat16(), *eights[1:])
             got += mlp_back_fp8(*operands, post)
             want += exact_back(*operands, post)
-        return verdict(errors_of(got, want), 0.02)
+        return verdict(errors_of(got, want), 0.03)
     except Exception as e:
         return failure(e)
 

@@ -695,7 +695,7 @@ def test_gpu_mlp_in_fp8_both_ways(rows, width):
     dx, want = found[1].float(), plain[1].float()
     by_row = ((dx - want).norm(dim=1) / want.norm(dim=1))[[5, 7, *range(8, rows)]]
     print(*(f"{e:.1e}" for e in (*far, *off, by_row.max())))
-    assert far[0] < 0.01 and far[1] < 0.02, far
+    assert far[0] < 0.02 and far[1] < 0.04, far
     assert all(e < 0.1 for e in off) and by_row.max() < 0.2 and not dx[6].any(), off
     for _ in range(100):
         again = T.mlp_back_fp8(*operands, post)
