@@ -211,8 +211,13 @@ def measure(
 # ---- What is written ----------------------------------------------------------------------------
 
 
+def say_what(said: dict) -> None:
+    print(f"{said['documents']} documents of dev, {said['tokens']} tokens each")
+    print(f"{'run':28s} {'policy':7s} {'kept':>7s} {'loss':>9s} {'2nd half':>9s}")
+
+
 def line(p: Point) -> str:
-    return f"{p.run:28s} {p.policy:7s} {p.kept:7.1%} {p.loss:9.4f} {p.loss_late:9.4f}"
+    return f"{p.run:28s} {p.policy:7s} {p.kept:7.2%} {p.loss:9.4f} {p.loss_late:9.4f}"
 
 
 def draw(points: list[Point], length: int, out: Path) -> None:
@@ -236,7 +241,7 @@ def draw(points: list[Point], length: int, out: Path) -> None:
             ends.append((f"{plots.short(arm)}, {policy}", colour, (xs[-1], ys[-1])))
         axis.set_xscale("log", base=2)
         axis.invert_xaxis()
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.1 else f"{x:.1%}")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
         title = f"Loss with a pruned cache, {length:,} tokens of dev documents"
         plots.say(axis, title, "share of the keys that are kept", "nats a token")
         plots.name_ends(axis, ends)
@@ -280,8 +285,7 @@ def measure_all(args: argparse.Namespace, file: Path) -> dict:
     file.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
     device = "cpu" if device == "auto" else device
-    print(f"{len(rows)} documents of dev, {length} tokens each")
-    print(f"{'run':28s} {'policy':7s} {'kept':>7s} {'loss':>9s} {'2nd half':>9s}")
+    say_what(said)
     for path, name in zip(paths, names):
         weights = weights_of(path)
         old = [p for p in said["points"] if p.run == name and weights and p.weights == weights]
@@ -298,7 +302,12 @@ def measure_all(args: argparse.Namespace, file: Path) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     file = args.out / "prune.json"
-    said = measure_all(args, file) if args.models else read(file)
+    if args.models:
+        said = measure_all(args, file)
+    else:
+        said = read(file)
+        say_what(said)
+        print(*map(line, said["points"]), sep="\n")
     try:
         draw(said["points"], said["tokens"], args.out / "prune")
     except ImportError as e:  # nice to have
