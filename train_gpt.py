@@ -1243,17 +1243,49 @@ class Context:
     window: Tensor | None = None
 
 
-def rotate(x: Tensor, ctx: Context) -> Tensor:
-    """RoPE on x [B, T, H, D], in fp32, split-half pairs."""
-    if not ctx.rope:
-        return x.contiguous()  # FlexAttention's lowering wants q and k to come out of an operation
-    cos, sin = ctx.rope[x.size(-1)][:, : x.size(1), None, None].unbind(0)
-    pairs = x.float().unflatten(-1, (2, -1))
-    first = torch.arange(2, device=x.device)[:, None] == 0
-    # (a cos + b sin, b cos - a sin). Of a torch.cat Inductor computes both halves, with masks, and
-    # on the way back it writes an fp32 copy to memory.
-    straight, across = pairs * cos, pairs.flip(-2) * torch.where(first, sin, -sin)
-    return (straight.flatten(-2) + across.flatten(-2)).to(x.dtype)
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D] in fp32, each pair (a, b) of split halves as (a cos + b sin, b cos - a sin).
+    cos [..., 1, D / 2], sin [..., 2, D / 2]: with the sign for a and for b."""
+    pairs = x.unflatten(-1, (2, -1))
+    # Of a torch.cat Inductor computes both halves, with masks, and on the way back it writes an
+    # fp32 copy to memory.
+    return (pairs * cos + pairs.flip(-2) * sin).flatten(-2)
+
+
+class NormTurn(torch.autograd.Function):
+    """`rotate` of `norm`, of x in fp32, in `dtype`. Its way back reads y, which attention keeps
+    anyway, where PyTorch's reads x and turns the gradient before it sums: Inductor would write that
+    to memory, in fp32. It still would if grad were cast by name, or root and 1 / D stood later."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, dtype):
+        root = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        # Flat before the last product: FlexAttention wants what it reads as an operation made it.
+        y = (turn(x, cos, sin).flatten(1, -3) * root.flatten(1, -3)).to(dtype)
+        ctx.save_for_backward(y, root, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, root, cos, sin = ctx.saved_tensors
+        places = root.shape[1:-2]
+        grad, y = grad.unflatten(1, places), y.to(root.dtype).unflatten(1, places)
+        along = (grad * y / y.size(-1)).sum(-1, keepdim=True)
+        return turn(grad - along * y, cos, -sin) * root, None, None, None
+
+
+def rotate(x: Tensor, ctx: Context, normed: bool = False) -> Tensor:
+    """RoPE on x [B, T, H, D], in fp32; normed: on `norm` of it. With [B, T, n, H, D], n places a
+    token, it gives [B, n T, H, D], without a copy of what is no contiguous x."""
+    if not ctx.rope:  # FlexAttention's lowering wants q and k to come out of an operation
+        return (norm(x) if normed else x).flatten(1, -3).contiguous()
+    places, wide = x.shape[1:-2], x.to(torch.promote_types(x.dtype, torch.float32))
+    table = ctx.rope[x.size(-1)][:, : places.numel()].unflatten(1, places)
+    cos, sin = table[..., None, None, :].unbind(0)
+    sin = torch.cat([sin, -sin], dim=-2)
+    if normed:
+        return NormTurn.apply(wide, cos, sin, x.dtype)
+    return turn(wide, cos, sin).flatten(1, -3).to(x.dtype)
 
 
 def offset_keys(k: Tensor, starts: Tensor) -> Tensor:
@@ -1553,12 +1585,11 @@ class Arm(nn.Module):
         return c[0] * v + c[1] * ve.view_as(v)
 
     def position(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """QK norm, key offset and RoPE on [B, T, H, D]."""
-        if self.cfg.qk_norm:
-            q, k = norm(q), norm(k)
+        """QK norm, RoPE and key offset on [B, T, H, D], or as `rotate` has them."""
+        q, k = (rotate(t, ctx, self.cfg.qk_norm) for t in (q, k))
         if self.cfg.key_offset and self.layer in self.cfg.long_layers:
             k = offset_keys(k, ctx.starts)
-        return rotate(q, ctx), rotate(k, ctx)
+        return q, k
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """`attend`, selective where the arm is: x [B, T, d], q and k [B, T, H, D] in position."""
@@ -1611,9 +1642,9 @@ class Paired(Softmax):
     def forward(self, x, ve, ctx):
         q, k, v = self.project(x)
         v = self.mix(v, ve)
-        q, k, both = (t.unflatten(2, (2, -1)).flatten(1, 2) for t in (q, k, v))
+        q, k, both = (t.unflatten(2, (2, -1)) for t in (q, k, v))
         q, k = self.position(q, k, ctx)
-        return attend(q, k, both, ctx).reshape(*x.shape[:2], -1), v
+        return attend(q, k, both.flatten(1, 2), ctx).reshape(*x.shape[:2], -1), v
 
 
 class Selective(Softmax):
@@ -1777,7 +1808,8 @@ class Attention(nn.Module):
         y, v = self.arm(x, ve, ctx)
         y = y.unflatten(-1, (self.arm.heads, -1))
         if self.xsa is not None:  # 2603.09078; starts as a no-op (record 82)
-            v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
+            if y.size(2) != v.size(2):  # else it copies v
+                v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
             along = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
             y = y - torch.tanh(self.xsa.to(y.dtype))[:, None] * along * v
         if self.gate is not None:

@@ -4,6 +4,7 @@ against transformers' DiffLlama. Masks against brute force."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import helpers as H
@@ -579,3 +580,16 @@ def test_windows_are_token_exact():
     docs = torch.zeros(1, 40, dtype=torch.int32)
     mask = T.dense_mask(docs, torch.tensor([5], dtype=torch.int32))[0, 0]
     assert mask[20].nonzero().flatten().tolist() == [16, 17, 18, 19, 20]
+
+
+@pytest.mark.parametrize("places", [(8,), (8, 2)])
+def test_norm_and_turn_in_one_have_their_gradients(places):
+    """Against both as PyTorch differentiates them; with two places a token heads come out flat."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *places, 3, 16, dtype=torch.double, generator=gen)
+    x.requires_grad_()
+    table = T.rope_table(16, 16, True).double()
+    ctx = T.Context(None, {16: table}, None)
+    together = functools.partial(T.rotate, ctx=ctx, normed=True)
+    assert torch.autograd.gradcheck(together, x)
+    torch.testing.assert_close(together(x), T.rotate(T.norm(x), ctx), rtol=1e-6, atol=1e-6)
