@@ -1205,6 +1205,27 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+class NormKeep(torch.autograd.Function):
+    """`norm` of x, and x as h x RMS: the residual stream is then kept as h alone, which a product
+    keeps for its weights' gradient anyway, and neither way needs x in memory. h is as fine as x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x32 = x.to(wide)
+        root = (x32.square().mean(-1, keepdim=True) + torch.finfo(wide).eps).rsqrt()
+        h = (x32 * root).to(x.dtype)
+        ctx.save_for_backward(h, root)
+        return h, (h / root).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad, rest):
+        h, root = ctx.saved_tensors
+        h, g = h.to(root.dtype), grad.to(root.dtype)
+        g = root * (g - (g * h).mean(-1, keepdim=True) * h)
+        return (rest + g).to(grad.dtype)
+
+
 def rope_table(length: int, dim: int, half: bool) -> Tensor:
     """[2, length, dim / 2]: cos and sin for pairs (j, j + dim / 2).
 
@@ -2127,9 +2148,13 @@ class Block(nn.Module):
         self, x: Tensor, ve: Tensor | None, ctx: Context, source: Tensor | None = None
     ) -> Tensor:
         """Attention reads `source` where there is one, x otherwise."""
-        if self.attn is not None:
-            x = x + self.attn(norm(x if source is None else source), ve, ctx)
-        return x + self.mlp(norm(x))
+        if self.attn is not None and source is not None:
+            x = x + self.attn(norm(source), ve, ctx)
+        elif self.attn is not None:
+            h, x = NormKeep.apply(x)
+            x = x + self.attn(h, ve, ctx)
+        h, x = NormKeep.apply(x)
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):

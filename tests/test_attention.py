@@ -593,3 +593,13 @@ def test_norm_and_turn_in_one_have_their_gradients(places):
     together = functools.partial(T.rotate, ctx=ctx, normed=True)
     assert torch.autograd.gradcheck(together, x)
     torch.testing.assert_close(together(x), T.rotate(T.norm(x), ctx), rtol=1e-6, atol=1e-6)
+
+
+def test_norm_that_is_kept_has_its_gradient():
+    """x comes back as it went in, and the gradient is that of both outputs."""
+    x = torch.randn(2, 5, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    h, same = T.NormKeep.apply(x)
+    assert torch.autograd.gradcheck(T.NormKeep.apply, x)
+    torch.testing.assert_close(same, x)
+    torch.testing.assert_close(h, T.norm(x))
