@@ -26,6 +26,20 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
+def inverse_rms(x32):
+    """1 / RMS(x) [..., 1], fp32."""
+    return (x32.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+
+
+def norm_and_kept(x):
+    """norm(x), and x made of it again: what the trainer keeps of its residual stream. In fp32 it is
+    x; in bfloat16 it is rounded once more."""
+    x32 = x.float()
+    root = inverse_rms(x32)
+    h = (x32 * root).to(x.dtype)
+    return h, (h / root).to(x.dtype)
+
+
 def rotary_table(start, length, dim, kind):
     """cos, sin [length, 1, dim / 2] of positions start, start + 1, ...: pairs are (j, j + dim / 2).
 
@@ -43,11 +57,13 @@ def rotary_table(start, length, dim, kind):
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x, table):
-    """RoPE on x [B, T, H, D], computed in fp32."""
+def rotate(x, table, normed=False):
+    """RoPE on x [B, T, H, D], or on norm(x), computed in fp32 and rounded once."""
     cos, sin = table
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+    x32 = x.float()
+    a, b = x32.chunk(2, dim=-1)
+    y = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return (y * inverse_rms(x32) if normed else y).to(x.dtype)
 
 
 def before(x):
@@ -188,10 +204,10 @@ class Softmax(nn.Module):
             q, k = torch.cat([q, self.select_q(x)], -1), torch.cat([k, self.select_k(x)], -1)
         q, k = (t.unflatten(-1, (-1, spec["key_dim"])) for t in (q, k))
         v = self.v(x).unflatten(-1, (-1, spec["value_dim"]))
-        if self.qk_norm:
-            q, k = norm(q), norm(k)
         if rotary:
             q, k = (self.turn(t, rotary[spec["key_dim"], self.each]) for t in (q, k))
+        elif self.qk_norm:
+            q, k = norm(q), norm(k)
         if self.value_mix is not None:
             extra = tables[spec["value_table"]][..., : self.v.out_features].view_as(v)
             if self.value_gate is not None:
@@ -201,8 +217,8 @@ class Softmax(nn.Module):
         return q, k, v
 
     def turn(self, x, table):
-        """x [B, T, H, D] in position."""
-        return rotate(x, table)
+        """x [B, T, H, D], normed and in position."""
+        return rotate(x, table, self.qk_norm)
 
     def choose(self, q, k):
         """q [B, T, Hq, D] and k [B, H, S, D] without an own selector's head, and the selectors' q
@@ -311,7 +327,7 @@ class Paired(Softmax):
         return x.unflatten(1, (-1, 2)).flatten(2, 3)
 
     def turn(self, x, table):
-        return self.parted(rotate(self.joined(x), table))
+        return self.parted(rotate(self.joined(x), table, self.qk_norm))
 
     def attend(self, q, k, v, rows, windows, masks=None):
         k, v = (self.joined(t.transpose(1, 2)).transpose(1, 2) for t in (k, v))
@@ -395,10 +411,19 @@ class NCABlock(nn.Module):
         self.norm_mlp, self.mlp = make_norm(config), MLP(config, block)
 
     def forward(self, x, source, *context):
-        dtype = self.mlp.up.weight.dtype
-        if self.attn is not None:
-            x = x + self.attn(self.norm_attn(source).to(dtype), *context)
-        return x + self.mlp(self.norm_mlp(x).to(dtype))
+        if self.attn is not None and source is not x:
+            x = x + self.attn(norm(source), *context)
+        elif self.attn is not None:
+            h, x = self.branch(self.norm_attn, x)
+            x = x + self.attn(h, *context)
+        h, x = self.branch(self.norm_mlp, x)
+        return x + self.mlp(h)
+
+    def branch(self, norm_of, x):
+        """What attention or MLP read of x, and what their output is added to."""
+        if isinstance(norm_of, RMSNorm):
+            return norm_and_kept(x)
+        return norm_of(x).to(self.mlp.up.weight.dtype), x
 
 
 class Smear(nn.Module):
