@@ -323,8 +323,21 @@ def test_nothing_beyond_the_band_is_copied():
     assert found == list(range(10, 16)), "the present token is one of the band"
 
 
-def test_the_band_is_2048_tokens():
-    assert pointer().band.tolist() == [2048] and not pointer().state_dict().get("band")
+def test_it_looks_back_further_in_use_than_in_training(text_data, tmp_path, monkeypatch):
+    """In training 2,048 tokens; in looks, as a loaded model and in an exported one 16,384."""
+    bands, by_hand = set(), T.Pointer.by_hand
+
+    def seen(self, *inputs):
+        bands.add((torch.is_grad_enabled(), *self.band.tolist()))
+        return by_hand(self, *inputs)
+
+    monkeypatch.setattr(T.Pointer, "by_hand", seen)
+    trainer = T.Trainer(run(text_data, tmp_path))
+    trainer.run()
+    assert bands == {(True, 2048), (False, 16_384)}
+    assert trainer.model.pointer.band.tolist() == [2048]
+    assert T.load_model(trainer.folder)[0].pointer.band.tolist() == [16_384]
+    assert "pointer.band" not in trainer.model.state_dict()
 
 
 def run(data, out, **changes) -> T.Config:
