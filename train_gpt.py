@@ -41,6 +41,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -280,7 +281,9 @@ class RunConfig:
         "kernels: flex | fa4 (FlashAttention-4 on Hopper, softmax and diff_v2, heads of 128)",
     )
     cuda_graphs: bool = knob(
-        False, "a training call's kernels launched as one CUDA graph (record 92); keeps its memory"
+        False,
+        "a training call's kernels launched as one CUDA graph (record 92), under fa4 one for each "
+        "window; keeps a call's memory",
     )
     deterministic: bool = knob(False, "same bits in every run on one GPU, 5 % slower on an H100")
     looks: int = knob(8, "dev_loss evaluations on the way, at most 20")
@@ -537,10 +540,6 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
             name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
         )
         need(not m.selective, "--attention fa4 has no --selective: use flex")
-        need(
-            not r.cuda_graphs,
-            "--attention fa4 asks the host how many documents a call has: without --cuda-graphs",
-        )
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
         need(
             m.qk_dim in (0, m.head_dim),
@@ -3564,7 +3563,8 @@ KERNELS = ("fp8", "fa4", "mlp_kernel", "mlp_fp8", "loss_kernel")
 
 
 class Recorder:
-    """Makes CUDA graphs that use each other's memory, but for what outlives a recording.
+    """Makes CUDA graphs that use each other's memory, but for what outlives a recording. What one
+    leaves, `lend` gives to the next one, too.
 
     On a stream of its own: the kernels of cuBLAS have a workspace for each stream, which PyTorch
     2.13 frees with any graph that was recorded there, another trainer's too.
@@ -3587,39 +3587,58 @@ class Recorder:
             work()
         return graph.replay
 
+    def lend(self, t: Tensor) -> Tensor:
+        """What lies where `t` does, in memory that is free for the next recording."""
+        size = t.element_size()
+        strides, data = tuple(size * n for n in t.stride()), (t.data_ptr(), False)
+        place = {"shape": tuple(t.shape), "strides": strides, "typestr": f"<i{size}", "data": data}
+        place = types.SimpleNamespace(__cuda_array_interface__=place | {"version": 3})
+        return torch.as_tensor(place, device=t.device).view(t.dtype)
+
 
 class CallGraph:
     """Forward and backward of training calls of one shape as one CUDA graph (record 92), which the
     GPU runs without a pause between kernels.
 
-    Inputs are copied to where the graph reads them, `part` among them; losses and gradients lie
-    where it left them until the next call of any shape. The first call runs the kernels one by one,
-    which compiles them, the second records. The memory of a call's activations stays taken.
+    Inputs are copied to where the graph reads them, `part` among them, but for `Limits`: their
+    numbers are the graph's own. Losses and gradients lie where it left them until the next call of
+    any graph: all of them use the same memory, that of a call's activations, which stays taken. The
+    first call runs the kernels one by one, which compiles them, the second records. ran: a call of
+    the same shape did the first.
     """
 
     def __init__(
-        self, trainer: Trainer, part: Batch, window: Tensor, scale: Tensor, candidates: int
+        self,
+        trainer: Trainer,
+        part: Batch,
+        window: Tensor | Limits,
+        scale: Tensor,
+        candidates: int,
+        ran: bool,
     ):
         self.trainer, self.candidates, device = trainer, candidates, scale.device
         self.part = Batch(*(torch.empty_like(t, device=device) for t in vars(part).values()))
-        self.window, self.scale = torch.empty_like(window), torch.empty_like(scale)
+        self.window = window if isinstance(window, Limits) else torch.empty_like(window)
+        self.scale = torch.empty_like(scale)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self.params = [p for p in trainer.model.parameters() if p.requires_grad]
         self.replay: Callable[[], None] | None = None
-        self.ran = False
+        self.ran = ran
 
     def __call__(
-        self, part: Batch, window: Tensor, scale: Tensor, position: int, *, alone: bool
+        self, part: Batch, window: Tensor | Limits, scale: Tensor, position: int, *, alone: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """(losses [N], gradients of what an n-gram table gave); adds to .grad. alone: no other call
         in this step, so that a gradient may stay where it is until the update."""
-        mine = (*vars(self.part).values(), self.window, self.scale)
-        given = (*vars(part).values(), window, scale)
+        mine, given = [*vars(self.part).values(), self.scale], [*vars(part).values(), scale]
+        if not isinstance(window, Limits):
+            mine.append(self.window)
+            given.append(window)
         for here, t in zip(mine, given, strict=True):
             here.copy_(t, non_blocking=True)
         self.position.fill_(position)
         if self.ran and self.replay is None:
-            self.replay = self.trainer.recorder.record(self.work)
+            self.record()
         if self.replay is None:
             self.work()
         else:
@@ -3632,6 +3651,13 @@ class CallGraph:
             if p.grad is None:
                 p.grad = g if alone else g.clone()
         return self.losses, [g.clone() for g in self.found]  # which may wait for a later step
+
+    def record(self) -> None:
+        recorder = self.trainer.recorder
+        self.replay = recorder.record(self.work)
+        self.losses = recorder.lend(self.losses)
+        self.grads = [(p, recorder.lend(g)) for p, g in self.grads]
+        self.found = [recorder.lend(g) for g in self.found]
 
     def work(self) -> None:
         """Leaves `losses`, `grads` of the parameters that have one, and those of the table's rows;
@@ -3677,6 +3703,7 @@ class Trainer:
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.calls: dict[tuple, CallGraph] = {}
+        self.documents = FA4_GRAPHED  # that a graph's kernels are told of; it only grows
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
@@ -3844,6 +3871,7 @@ class Trainer:
         self.plan()
         self.stop, self.folder = False, None
         if self.warm:
+            self.record_windows()
             self.start()
         else:
             self.warm_up()
@@ -3887,14 +3915,12 @@ class Trainer:
         stages = self.cfg.schedule.stages
         shapes = {(*self.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
-        for rows, row, some in sorted(shapes, key=lambda s: (-s[0] * s[1], s)):
-            of = f", loss over {some} classes" if some else ""
-            self.announce(f"training graph, {rows} x {row} tokens a call{of}")
-            tokens = rows * row * self.world.size
-            changes = {"tokens": tokens, "adam": True, "sample": False, "candidates": some}
-            step = dataclasses.replace(self.steps[0], **changes)
+        for shape in sorted(shapes, key=lambda s: (-s[0] * s[1], s)):
+            of = f", loss over {shape[2]} classes" if shape[2] else ""
+            self.announce(f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
             for _ in range(2 if self.graphed else 1):  # compiles, then records
-                self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
+                self.try_call(shape, self.steps[0].window, stream)
+        self.record_windows(stream)
         self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
         self.evaluate("dev", self.steps[-1].window, calls=1)
         self.world.synchronize()
@@ -3911,6 +3937,25 @@ class Trainer:
         """(rows, tokens a row) of a kernel call in a step of so many tokens."""
         rows, row = step_rows(tokens, self.cfg.data.row_tokens)
         return micro_rows(rows // self.world.size, row, self.cfg.data.micro_batch_tokens), row
+
+    def try_call(self, shape: tuple[int, int, int], window: int, stream: TokenStream) -> None:
+        """A step of one call (rows, tokens a row, candidates) on a rank, which trains nothing."""
+        rows, row, some = shape
+        changes = {"tokens": rows * row * self.world.size, "candidates": some, "window": window}
+        step = dataclasses.replace(self.steps[0], **changes, adam=True, sample=False)
+        self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
+
+    def record_windows(self, stream: TokenStream | None = None) -> None:
+        """Where a graph is one window's: those of the plan's windows that have none yet."""
+        if not (self.graphed and self.fa4):
+            return
+        wanted = {(*self.call_shape(s.tokens), s.candidates, s.window) for s in self.steps}
+        missing = sorted(wanted - {key[:4] for key in self.calls})
+        if missing:
+            self.announce(f"{len(missing)} graphs of other windows")
+            stream = stream or TokenStream(self.corpus.splits["train"], self.corpus.eot)
+        for *shape, window in missing:
+            self.try_call(tuple(shape), window, stream)
 
     def train_step(
         self, step: Step, batch: Batch, lr: float | None = None
@@ -3960,12 +4005,20 @@ class Trainer:
             total += losses.sum() / counted
         return total
 
-    def call_graph(self, part: Batch, window: Tensor, scale: Tensor, candidates: int) -> CallGraph:
-        """That of calls of this shape."""
-        shape = (*part.tokens.shape, candidates)
-        if shape not in self.calls:
-            self.calls[shape] = CallGraph(self, part, window, scale, candidates)
-        return self.calls[shape]
+    def call_graph(
+        self, part: Batch, window: Tensor | Limits, scale: Tensor, candidates: int
+    ) -> CallGraph:
+        """That of calls of this shape and, under FlashAttention-4, of these windows, with room for
+        the documents of any call so far."""
+        key = shape = (*part.tokens.shape, candidates)
+        if isinstance(window, Limits):
+            self.documents = max(self.documents, documents_told(window.values))
+            values = [*window.values[:2].tolist(), self.documents]
+            window, key = Limits(torch.tensor(values, dtype=torch.int32)), (*shape, *values)
+        if key not in self.calls:
+            ran = any(other[:3] == shape and call.ran for other, call in self.calls.items())
+            self.calls[key] = CallGraph(self, part, window, scale, candidates, ran)
+        return self.calls[key]
 
     def backward(
         self,
@@ -5451,6 +5504,7 @@ def _(docs, limits):
 
 
 FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
+FA4_GRAPHED = 256  # in a CUDA graph: 128 would be too few now and then, and need more graphs
 FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
 
 
@@ -5470,11 +5524,15 @@ def fa4_kernels() -> tuple[Callable, Callable]:
         ) from None
 
 
+def documents_told(limits: Tensor) -> int:
+    """By powers of two, so that few sizes of buffers come up: the rest are empty."""
+    return max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
+
+
 def fa4_arguments(bounds: Tensor, limits: Tensor, short: bool, cap: int) -> dict:
     """Its words for our mask. A window of w tokens, the query's own among them, is w - 1 to the
-    left. Documents by powers of two, so that few sizes of buffers come up: the rest are empty."""
-    documents = max(FA4_FEWEST, 1 << (int(limits[2]) - 1).bit_length())
-    cut = bounds[: documents + 1]
+    left."""
+    cut = bounds[: documents_told(limits) + 1]
     left = min(int(limits[int(short)]), cap) - 1
     spans = {"window_size_left": left, "window_size_right": 0, "causal": True}
     return {"cu_seqlens_q": cut, "cu_seqlens_k": cut, **spans}

@@ -7,6 +7,7 @@ import math
 
 import helpers as H
 import pytest
+import test_fa4 as F
 import test_gpu as G
 import torch
 from helpers import T
@@ -28,14 +29,27 @@ def config(text_data, tmp_path, run_id: str, **changes):
 
 
 class Recorder:
-    """In the place of the trainer's."""
+    """In the place of the trainer's. As graphs share their memory, a replay spoils what the one
+    before it left."""
 
     def __init__(self):
-        self.recorded, self.renewed = [], 0
+        self.recorded, self.left, self.renewed = [], [], 0
 
     def record(self, work):
         self.recorded.append(work)
-        return work
+
+        def replay():
+            for t in self.left:
+                t.fill_(math.nan)
+            work()
+            call = work.__self__
+            self.left = [call.losses, *(g for _, g in call.grads), *call.found]
+
+        work()
+        return replay
+
+    def lend(self, t):
+        return t
 
     def renew(self):
         self.renewed += 1
@@ -122,9 +136,167 @@ def test_the_largest_call_is_recorded_first(text_data, tmp_path):
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_refused_with_fa4():
-    cfg = T.make_config("speedrun", arm="softmax,attention=fa4,cuda_graphs=true")
-    assert any("without --cuda-graphs" in x for x in T.check_config(cfg))
+# ---- FlashAttention-4, whose windows and number of documents are a graph's own ------------------
+
+
+@pytest.fixture
+def plain_fa4(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("plain kernels are for the CPU")
+    monkeypatch.setattr(T, "fa4_kernels", lambda: (F.plain_forward, F.plain_backward))
+    monkeypatch.setattr(T, "probe_fa4", lambda device, shapes: "")
+    evaluate = T.evaluate
+    monkeypatch.setattr(T, "evaluate", lambda trainer, *at: evaluate(trainer, *at[:2], 1))
+
+
+def fa4_config(text_data, tmp_path, run_id: str, **changes):
+    """A step of 1,024 tokens is one call, one of 2,048 two, of rows longer than the first window;
+    its window grows."""
+    stages = (T.Stage(0.25, 1024, 1.0, (128, 128)), T.Stage(0.75, 2048, 1.0, (128, 512)))
+    sizes = {"row_tokens": 256, "micro_batch_tokens": 1024, "tokens": 2048 * 6}
+    cfg = F.tiny_fa4(text_data, tmp_path, run_id=run_id, cuda_graphs=True, final_val=False)
+    return cfg.with_(stages=stages, **{**sizes, **changes})
+
+
+def test_fa4_as_without(plain_fa4, text_data, tmp_path):
+    """A graph for each window that a shape has, all of them before the clock starts."""
+    assert T.check_config(T.make_config("speedrun", attention="fa4", cuda_graphs=True)) == []
+    _, want, none = trained(fa4_config(text_data, tmp_path, "plain"), False)
+    trainer = trainer_of(fa4_config(text_data, tmp_path, "graphed"), True)
+    trainer.warm_up()
+    graphs = {(8, 128, 0, 128, 128, 256)}  # rows, tokens, candidates, windows, documents
+    graphs |= {(4, 256, 0, *both, 256) for both in ((128, 128), (256, 128), (384, 128), (512, 256))}
+    assert set(trainer.calls) == graphs and len(trainer.recorder.recorded) == 5 and none == 0
+    trainer.run()
+    assert H.losses(trainer.folder) == pytest.approx(want, rel=1e-5) and want[-1] < want[0] - 0.1
+    assert len({line["window"] for line in H.read_log(trainer.folder, "step")}) == 4
+    assert len(trainer.recorder.recorded) == 5, "recorded inside the clock"
+
+
+def test_fa4_gradients(plain_fa4, text_data, tmp_path):
+    """Of the same step at two windows, in one call and in two, each with the graph of its own."""
+    trainer = trainer_of(fa4_config(text_data, tmp_path, "grads"), False)
+    H.randomise(trainer.model)
+    for tokens in (1024, 2048):
+        step = next(s for s in trainer.steps if s.tokens == tokens)
+        batch = next(iter(trainer.default_batches([step], trainer.cfg, trainer.world)))
+        found = []
+        for window in (128, 256, 128):
+            step = T.dataclasses.replace(step, window=window)
+            want = gradients(trainer, False, step, batch)
+            for _ in range(2):  # the first call of a shape is no replay
+                assert_same(gradients(trainer, True, step, batch), want)
+            found.append(want["head"])
+        apart = float((found[0] - found[1]).abs().max())
+        assert (apart > 1e-3) == (tokens == 2048), "rows of 128 have no use for a wider window"
+    assert len(trainer.recorder.recorded) == 4
+
+
+def test_more_documents_need_another_graph(plain_fa4, text_data, tmp_path, monkeypatch):
+    """As many as any call had, by powers of two; a graph for fewer is never used again."""
+    monkeypatch.setattr(T, "FA4_FEWEST", 1)
+    monkeypatch.setattr(T, "FA4_GRAPHED", 4)
+    _, want, _ = trained(fa4_config(text_data, tmp_path, "plain"), False)
+    trainer, got, made = trained(fa4_config(text_data, tmp_path, "graphed"), True)
+    assert got == pytest.approx(want, rel=1e-5)
+    told = [key[5] for key in trainer.calls]
+    assert told == sorted(told) and len(set(told)) > 1 and trainer.documents == told[-1]
+    assert len(trainer.calls) == made and all(n & (n - 1) == 0 for n in told)
+
+
+def test_more_documents_than_a_graph_has_room_for_stop_the_process(
+    plain_fa4, text_data, tmp_path, monkeypatch
+):
+    """Should the host count wrongly: a replay finds out on the device."""
+    monkeypatch.setattr(T, "FA4_FEWEST", 1)
+    monkeypatch.setattr(T, "FA4_GRAPHED", 1)
+    trainer = trainer_of(fa4_config(text_data, tmp_path, "guard"), True)
+    monkeypatch.setattr(T, "count_documents", lambda docs: torch.tensor([8], dtype=torch.int32))
+    step = next(s for s in trainer.steps if s.tokens == 1024)
+    batch = next(iter(trainer.default_batches([step], trainer.cfg, trainer.world)))
+    few, many = torch.zeros(8, 128, dtype=torch.int32), torch.arange(128).expand(8, -1).int()
+    for docs in (few, few, few):
+        trainer.gradients(step, T.dataclasses.replace(batch, docs=docs.clone()))
+    assert len(trainer.recorder.recorded) == 1
+    with pytest.raises(RuntimeError, match="more documents than limits say"):
+        trainer.gradients(step, T.dataclasses.replace(batch, docs=many.clone()))
+
+
+def test_a_longer_plan_records_its_windows_before_it_starts(plain_fa4, text_data, tmp_path):
+    trainer = trainer_of(fa4_config(text_data, tmp_path, "short", tokens=2048 * 2), True)
+    trainer.warm_up()
+    assert {key[3] for key in trainer.calls} < {128, 256, 384, 512}
+    trainer.reset(0, tokens=2048 * 6, run_id="longer")
+    assert {key[3] for key in trainer.calls} == {128, 256, 384, 512}
+    made = len(trainer.recorder.recorded)
+    trainer.reset(1, tokens=2048 * 6, run_id="again")
+    assert len(trainer.recorder.recorded) == made
+
+
+@pytest.mark.gpu
+def test_what_is_lent():
+    """The same numbers at the same place, of any layout and type."""
+    recorder, kept = T.Recorder(), torch.randn(6, 8, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64):
+        for t in (kept.to(dtype), kept.to(dtype).t()[1:5], kept.to(dtype)[0, 0]):
+            lent = recorder.lend(t)
+            same = ("shape", "dtype", "device")
+            assert all(getattr(lent, name) == getattr(t, name) for name in same)
+            assert lent.data_ptr() == t.data_ptr() and lent.stride() == t.stride()
+            assert torch.equal(lent.float(), t.float())
+
+
+def taken() -> int:
+    """Bytes that the process keeps."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize(("arm", "layers"), [("diff_v2,window2=128", (0, 2)), ("softmax", ())])
+class TestFlashAttention:
+    pytestmark = F.on_hopper
+
+    def test_as_without(self, tmp_path, arm, layers):
+        """Losses of two runs, then gradients of a step at two windows, as without graphs but for
+        the order of sums, and nothing recorded inside the clock; graphs of more windows take no
+        memory for gradients."""
+        torch._dynamo.reset()
+        folder, losses = G.write_tokens(tmp_path, G.SIZES), []
+        for graphs in (False, True):
+            kind = {"arm": arm, "layers": layers, "attention": "fa4", "cuda_graphs": graphs}
+            trainer = T.Trainer(G.trainer_config(folder, **kind, run_id=f"graphs-{graphs}"))
+            trainer.warm_up()
+            before = {key: call.replay for key, call in trainer.calls.items()}
+            trainer.run()
+            assert before == {key: call.replay for key, call in trainer.calls.items()}
+            assert len(before) >= (6 if graphs else 0) and None not in before.values()
+            losses.append(H.losses(trainer.folder))
+        plain, graphed = losses
+        assert all(math.isfinite(x) for x in graphed)
+        assert graphed[:3] == pytest.approx(plain[:3], abs=2e-3)
+        assert graphed == pytest.approx(plain, abs=3e-2)
+        step = trainer.steps[-1]
+        batch = next(iter(trainer.default_batches([step], trainer.cfg, trainer.world)))
+        eager = []
+        for window in (step.window, 128):
+            step = T.dataclasses.replace(step, window=window)
+            eager.append(gradients(trainer, False, step, batch))
+            got = gradients(trainer, True, step, batch)
+            errors = {name: F.off(got[name], want) for name, want in eager[-1].items()}
+            worst = max(errors, key=errors.get)
+            print(f"window {window}: largest {errors[worst]:.1e} in {worst}")
+            large = [e for name, e in errors.items() if got[name].numel() >= 256]
+            assert got.keys() == eager[-1].keys() and max(large) < 0.05
+        apart = [F.off(eager[1][name], want) for name, want in eager[0].items()]
+        assert max(apart) > 0.1, "a graph of the wrong window would not have shown"
+        stream = T.TokenStream(trainer.corpus.splits["train"], trainer.corpus.eot)
+        shape, before = next(iter(trainer.calls))[:3], taken()
+        for window in (1280, 1408, 1536):
+            trainer.try_call(shape, window, stream)
+        grown = taken() - before
+        size = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+        print(f"three more graphs: {grown / 2**20:.0f} MB; gradients are {size / 2**20:.0f} MB")
+        assert grown < size / 2
 
 
 @pytest.mark.gpu
