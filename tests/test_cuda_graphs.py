@@ -112,6 +112,7 @@ def test_gradients_of_two_calls_add(text_data, tmp_path):
     assert_same(got, want)
     rows = trainer.optimizer.rows.fresh
     assert len(rows) == 4 and not torch.equal(rows[0][1], rows[1][1])
+    assert all(bool(grad.isfinite().all()) for _, grad in rows)
 
 
 def test_a_head_that_is_the_embedding(text_data, tmp_path):
