@@ -542,8 +542,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(not m.selective, "--attention fa4 has no --selective: use flex")
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
         need(
-            m.qk_dim in (0, m.head_dim),
-            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim}: use flex",
+            m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
+            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex",
         )
         need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
         need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
@@ -5517,11 +5517,26 @@ def fa4_kernels() -> tuple[Callable, Callable]:
         if torch.torch_version.TorchVersion(version) < FA4_OLDEST:
             raise ImportError(f"{version} is too old")
         interface = importlib.import_module("flash_attn.cute.interface")
+        fit_narrow_heads(interface)
         return interface._flash_attn_fwd, interface._flash_attn_bwd
     except Exception as e:  # its own packages fail in their own ways
         raise ImportError(
             f"it needs the package flash-attn-4[cu13] {FA4_OLDEST} or newer ({failure(e)})"
         ) from None
+
+
+def fit_narrow_heads(interface) -> None:
+    """Another tile for the backward of queries and keys of 64 beside values of 128. The package
+    looks at the first width alone, and its tile for 64 needs 242 KB of shared memory then, where a
+    block has 227. That for 96 needs 145, and no more registers than at 96 / 96."""
+    tile = getattr(interface, "_tile_size_bwd_sm90", None)
+    if tile is not None:  # else it is another version, and the probe finds out what that can do
+
+        @functools.wraps(tile)
+        def fitting(dim: int, dim_v: int, *args, **kwargs):
+            return tile(96 if dim <= 64 < dim_v else dim, dim_v, *args, **kwargs)
+
+        interface._tile_size_bwd_sm90 = fitting
 
 
 def documents_told(limits: Tensor) -> int:
@@ -5549,23 +5564,27 @@ def fa4(
     cap: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """q [N, Hq, D], k and v [N, Hkv, D], bfloat16 -> (y [N, Hq, D], lse [Hq, N] fp32).
+    """q [N, Hq, D], k [N, Hkv, D], v [N, Hkv, Dv], bfloat16 -> (y [N, Hq, Dv], lse [Hq, N] fp32).
 
-    bounds, limits, short: as in `Documents`; cap: on the window, tokens. D = 128. Its backward adds
-    dq, and dk and dv of grouped heads, in any order: equal runs differ in the last bits.
+    bounds, limits, short: as in `Documents`; cap: on the window, tokens. Dv = 128, and so is D, or
+    64 without grouped heads. Its backward adds dq, and dk and dv of grouped heads, in any order:
+    equal runs differ in the last bits.
     """
     forward, _ = fa4_kernels()
     q, k, v = (t.detach() for t in (q, k, v))
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    y = torch.empty((*q.shape[:2], v.size(2)), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.size(1), q.size(0)), dtype=torch.float32, device=q.device)
     spans = fa4_arguments(bounds, limits, short, cap)
+    if q.size(2) < v.size(2):  # its tile for 64 fills all registers with S, P and y alone
+        spans["tile_mn"] = (128, 128)
     forward(q, k, v, out=y, lse=lse, softmax_scale=scale, **spans)
     return y, lse
 
 
 @fa4.register_fake
 def _(q, k, v, bounds, limits, short, cap, scale):
-    return q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    y = q.new_empty((*q.shape[:2], v.size(2)))
+    return y, q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
 
 
 @torch.library.custom_op("nca::fa4_backward", mutates_args=())
@@ -5624,17 +5643,19 @@ FA4_CASES = ((150, 37), (600, 333), (3, 333))  # tokens in a document, window: s
 
 
 def fa4_shapes(model: nn.Module) -> tuple:
-    """(query heads, KV heads, caps on the window) of a model's attention, each once."""
+    """(query heads, KV heads, caps on the window, width of q and k) of a model's attention, each
+    once."""
     arms = [module.arm for module in model.modules() if isinstance(module, Attention)]
-    shapes = {(a.heads_q, a.heads_kv, (a.head_windows or (NO_LIMIT,))[:2]) for a in arms}
+    shapes = {(a.heads_q, a.heads_kv, (a.head_windows or (NO_LIMIT,))[:2], a.dim) for a in arms}
     return tuple(sorted(shapes))
 
 
 def fa4_errors(shape: tuple, mean: int, window: int, device: torch.device) -> list[float]:
     """`errors_of` y, dq, dk, dv in bfloat16 against a dense mask in fp32."""
-    heads_q, heads_kv, caps = shape
+    heads_q, heads_kv, caps, dim = shape
     length, gen = 1024, torch.Generator().manual_seed(0)
-    sizes = [(2, length, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
+    heads = ((heads_q, dim), (heads_kv, dim), (heads_kv, 128), (heads_q, 128))
+    sizes = [(2, length, *head) for head in heads]
     *qkv, dy = (torch.randn(s, generator=gen).to(device, torch.bfloat16) for s in sizes)
     docs = (torch.rand(2, length, generator=gen) < 1 / mean).cumsum(1).int()
     limits = torch.cat([torch.tensor([window, 1], dtype=torch.int32), count_documents(docs)])

@@ -86,7 +86,7 @@ ARMS = (
 
 NARROW = "softmax,qk_dim=64"  # torch's flash kernel wants values as wide as queries
 WINDOW2 = "diff_v2,form=full,window2=128"
-FA4_ARMS = ("softmax", "diff_v2", "diff_v2,form=full", "diff_v2,form=light", WINDOW2)
+FA4_ARMS = ("softmax", NARROW, "diff_v2", "diff_v2,form=full", "diff_v2,form=light", WINDOW2)
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,26 @@ on_hopper = [
     pytest.mark.skipif(HOPPER and not installed(), reason="flash-attn-4 is not installed"),
 ]
 
-# query heads, KV heads, caps on the window: the arms that FlashAttention-4 serves
+# query heads, KV heads, caps on the window, width of q and k: what FlashAttention-4 serves
 SHAPES = {
-    "softmax": (6, 6, (T.NO_LIMIT,)),
-    "matched": (12, 3, (T.NO_LIMIT,)),
-    "full": (12, 6, (T.NO_LIMIT,)),
-    "light": (6, 3, (T.NO_LIMIT,)),
-    "matched, window2": (12, 3, (T.NO_LIMIT, 150)),
-    "full, window2": (12, 6, (T.NO_LIMIT, 150)),
-    "light, window2": (6, 3, (T.NO_LIMIT, 150)),
+    "softmax": (6, 6, (T.NO_LIMIT,), 128),
+    "softmax, 64": (6, 6, (T.NO_LIMIT,), 64),
+    "matched": (12, 3, (T.NO_LIMIT,), 128),
+    "full": (12, 6, (T.NO_LIMIT,), 128),
+    "light": (6, 3, (T.NO_LIMIT,), 128),
+    "matched, window2": (12, 3, (T.NO_LIMIT, 150), 128),
+    "full, window2": (12, 6, (T.NO_LIMIT, 150), 128),
+    "light, window2": (6, 3, (T.NO_LIMIT, 150), 128),
 }
+ONE = (1, 1, (T.NO_LIMIT,), 128)
+
+
+def inputs(shape, docs: Tensor, width: int = 128) -> list[Tensor]:
+    """q, k, v and y's gradient, on the CPU: values of `width`, queries and keys in proportion."""
+    heads_q, heads_kv, _, dim = shape
+    narrow, gen = dim * width // 128, torch.Generator().manual_seed(0)
+    heads = ((heads_q, narrow), (heads_kv, narrow), (heads_kv, width), (heads_q, width))
+    return [torch.randn(*docs.shape, *head, generator=gen) for head in heads]
 
 
 # ---- plain kernels ------------------------------------------------------------------------------
@@ -175,12 +185,10 @@ def test_arguments():
 # ---- against the dense path ---------------------------------------------------------------------
 
 
-def both_ways(shape, docs: Tensor, window: int, dtype, seed=0, dim=128):
+def both_ways(shape, docs: Tensor, window: int, dtype, width=128):
     """({y, dq, dk, dv} by FlashAttention-4, by the dense path in fp32)."""
-    heads_q, heads_kv, caps = shape
-    gen, device = torch.Generator().manual_seed(seed), docs.device
-    sizes = [(*docs.shape, h, dim) for h in (heads_q, heads_kv, heads_kv, heads_q)]
-    *qkv, dy = (torch.randn(s, generator=gen).to(device, dtype) for s in sizes)
+    (heads_q, _, caps, _), device = shape, docs.device
+    *qkv, dy = (t.to(device, dtype) for t in inputs(shape, docs, width))
     limits = limits_of(docs, 9, window)
     spans = T.Documents(T.document_bounds(docs, limits), limits, True, caps)
     by_head = torch.tensor(caps).clamp(max=window).repeat(heads_q // len(caps)).to(device)
@@ -196,7 +204,7 @@ def both_ways(shape, docs: Tensor, window: int, dtype, seed=0, dim=128):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [1, 37, 200])
 def test_attend(plain, shape, window):
-    got, want = both_ways(SHAPES[shape], random_docs(2, 96, 30), window, torch.float32, dim=16)
+    got, want = both_ways(SHAPES[shape], random_docs(2, 96, 30), window, torch.float32, width=16)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=2e-5)
 
@@ -244,7 +252,7 @@ def gradients(run, model: T.GPT, tokens: Tensor, docs: Tensor, window) -> list[T
     return [h.detach(), *torch.autograd.grad(h, params, dh)]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", (*ARMS, "softmax,qk_dim=8"))
 def test_model(plain, arm):
     model, docs = small_gpt(arm), random_docs(2, 48, 15)
     tokens = torch.randint(64, docs.shape, generator=torch.Generator().manual_seed(1)).int()
@@ -338,7 +346,14 @@ REFUSED = {
     "v1": ({"arm": "diff_v1"}, "--attention fa4 has no diff_v1: use flex for that arm"),
     "own": ({"arm": "mine.py:Arm"}, "--attention fa4 has no mine.py:Arm: use flex for that arm"),
     "64": ({"head_dim": 64, "n_head": 12}, "--attention fa4: heads of 128, not of --head-dim 64"),
-    "qk": ({"qk_dim": 64}, "--attention fa4 has no gradients at --qk-dim 64: use flex"),
+    "qk 32": (
+        {"qk_dim": 32},
+        "--attention fa4 has no gradients at --qk-dim 32 for softmax: use flex",
+    ),
+    "grouped qk": (
+        {"qk_dim": 64, "arm": "diff_v2"},
+        "--attention fa4 has no gradients at --qk-dim 64 for diff_v2: use flex",
+    ),
     "cpu": ({"device": "cpu"}, "--attention fa4 runs on a GPU, not on --device cpu"),
     "fp32": ({"dtype": "float32"}, "--attention fa4 computes in bfloat16, not in --dtype float32"),
 }
@@ -354,7 +369,8 @@ def test_what_it_cannot_serve_is_refused(case):
 def test_what_it_serves_is_not_refused():
     for arm in ARMS:
         assert T.check_config(T.make_config(arm=arm, attention="fa4")) == []
-    assert T.check_config(T.make_config(qk_dim=128, attention="fa4")) == []
+    for dim in (64, 128):
+        assert T.check_config(T.make_config(qk_dim=dim, attention="fa4")) == []
 
 
 def package(monkeypatch, version: str | None, interface=None) -> None:
@@ -388,6 +404,25 @@ def test_packages(monkeypatch):
         find()
 
 
+def test_the_tile_of_narrow_heads():
+    """Another one where values are wider than 64 and queries are not, and there alone."""
+    asked = []
+
+    def tile(*args, **kwargs):
+        asked.append((args, kwargs))
+        return len(asked)
+
+    interface = types.SimpleNamespace(_tile_size_bwd_sm90=tile)
+    T.fit_narrow_heads(interface)
+    for i, (dims, want) in enumerate(
+        {(64, 128): 96, (32, 128): 96, (64, 64): 64, (128, 128): 128, (96, 128): 96}.items()
+    ):
+        assert interface._tile_size_bwd_sm90(*dims, False, True, sparse_block_size_q=None) == i + 1
+        args = (want, dims[1], False, True)
+        assert asked[-1] == (args, {"sparse_block_size_q": None})
+    T.fit_narrow_heads(types.SimpleNamespace())  # a version without it
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_hopper_gpu_it_ends_with_2(monkeypatch, text_data, tmp_path):
     with pytest.raises(T.InputError, match=r"--attention fa4: no Hopper GPU.*; use --attention"):
@@ -401,23 +436,24 @@ def probed(monkeypatch, kernels, *shapes) -> str:
     return T.probe_fa4.__wrapped__(torch.device("cpu"), shapes)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, (T.NO_LIMIT,)), (4, 2, (T.NO_LIMIT, 150))])
+@pytest.mark.parametrize("shape", [ONE, (2, 2, (T.NO_LIMIT,), 64), (4, 2, (T.NO_LIMIT, 150), 128)])
 def test_the_probe_passes_right_kernels(monkeypatch, shape):
     assert probed(monkeypatch, lambda: (plain_forward, plain_backward), shape) == ""
 
 
 def test_what_the_probe_says_without_them(monkeypatch):
     """Of a card, a package and a model that cannot have the kernels: a reason, no exception."""
-    assert T.probe_fa4(torch.device("cpu"), ((1, 1, (T.NO_LIMIT,)),)) == T.NO_HOPPER
+    assert T.probe_fa4(torch.device("cpu"), (ONE,)) == T.NO_HOPPER
     package(monkeypatch, None)
-    missing = probed(monkeypatch, T.fa4_kernels.__wrapped__, (1, 1, (T.NO_LIMIT,)))
+    missing = probed(monkeypatch, T.fa4_kernels.__wrapped__, ONE)
     assert missing.startswith("ImportError: it needs the package flash-attn-4")
     assert "attention is not" in probed(monkeypatch, lambda: (plain_forward, plain_backward))
 
 
 def test_shapes_of_a_model():
     found = T.fa4_shapes(small_gpt("diff_v2,window2=5,layers=1"))
-    assert found == ((2, 2, (T.NO_LIMIT,)), (4, 1, (T.NO_LIMIT, 5)))
+    assert found == ((2, 2, (T.NO_LIMIT,), 16), (4, 1, (T.NO_LIMIT, 5), 16))
+    assert T.fa4_shapes(small_gpt("softmax", qk_dim=8)) == ((2, 2, (T.NO_LIMIT,), 8),)
     assert T.fa4_shapes(torch.nn.Linear(2, 2)) == ()
 
 
@@ -448,7 +484,7 @@ def nan_dv(*args, dv, **spans):
 @pytest.mark.parametrize("wrong", [off_by_one, forgets_documents, first_window, half_dq, nan_dv])
 def test_the_probe_has_power(monkeypatch, wrong):
     pair = (plain_forward, wrong) if wrong in (half_dq, nan_dv) else (wrong, plain_backward)
-    said = probed(monkeypatch, lambda: pair, (1, 1, (T.NO_LIMIT,)))
+    said = probed(monkeypatch, lambda: pair, ONE)
     assert said.startswith("computes wrongly on this card")
 
 
@@ -497,12 +533,12 @@ class TestCard:
             assert all(bool(t.isfinite().all()) for t in both)
         assert built() == before, "flash-attn-4 compiled inside the clock"
 
-    @pytest.mark.parametrize("shape", ["softmax", "full", "matched, window2"])
+    @pytest.mark.parametrize("shape", ["softmax", "softmax, 64", "full", "matched, window2"])
     def test_races(self, shape):
         """Thousands of launches whose inputs another kernel has just written, where a kernel that
         starts too early reads the ones before (flash-attn-4's pull request 2481): each against the
         first result of these inputs, which was computed with nothing else under way."""
-        heads_q, heads_kv, caps = SHAPES[shape]
+        heads_q, heads_kv, caps, dim = SHAPES[shape]
         docs = random_docs(4, 4096, 600).cuda()
         limits = limits_of(docs, 1024)
         spans = T.Documents(T.document_bounds(docs, limits), limits, False, caps)
@@ -513,13 +549,15 @@ class TestCard:
             return torch.randn(shape, generator=gen).to("cuda", torch.bfloat16)
 
         x, maps = rand(4 * 4096, 512), {}
-        for name, heads in (("q", heads_q), ("k", heads_kv), ("v", heads_kv), ("dy", heads_q)):
-            maps[name] = [rand(512, heads * 128) / 512**0.5 for _ in range(4)]
+        widths = {"q": heads_q * dim, "k": heads_kv * dim, "v": heads_kv * 128, "dy": heads_q * 128}
+        for name, width in widths.items():
+            maps[name] = [rand(512, width) / 512**0.5 for _ in range(4)]
 
         def launch(turn: int, apart: bool) -> list[Tensor]:
             made = {}
             for name, choices in maps.items():
-                made[name] = (x @ choices[turn % 4]).view(*docs.shape, -1, 128)
+                width = dim if name in "qk" else 128
+                made[name] = (x @ choices[turn % 4]).view(*docs.shape, -1, width)
             leaves = [made[n].requires_grad_() for n in "qkv"]
             if apart:
                 torch.cuda.synchronize()
@@ -544,14 +582,12 @@ class TestCard:
         assert max(dq, dk, dv) < 5e-4, "rounding of sums in another order is less"
 
     @pytest.mark.parametrize("documents", [256, 1024])
-    @pytest.mark.parametrize("shape", ["softmax", "full, window2"])
+    @pytest.mark.parametrize("shape", ["softmax", "softmax, 64", "full, window2"])
     def test_in_a_cuda_graph(self, shape, documents):
         """One recording, room for so many documents: a replay takes what lies there now, and gives
         what the kernels give one by one for the number of documents that there are."""
-        heads_q, heads_kv, caps = SHAPES[shape]
-        docs = random_docs(4, 4096, 600).cuda()
-        sizes = [(*docs.shape, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
-        *qkv, dy = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in sizes)
+        caps, docs = SHAPES[shape][2], random_docs(4, 4096, 600).cuda()
+        *qkv, dy = (t.to("cuda", torch.bfloat16) for t in inputs(SHAPES[shape], docs))
         room = torch.tensor([1024, 512, documents], dtype=torch.int32)
 
         def both(limits: Tensor) -> list[Tensor]:
@@ -611,11 +647,9 @@ def card_gpt(arm: str) -> T.GPT:
 
 def both_ways_fast(shape, docs: Tensor, window: int) -> list[Tensor]:
     """y and the gradients by FlashAttention-4 alone: T x T would not fit."""
-    heads_q, heads_kv, caps = shape
     limits = limits_of(docs, window)
-    spans = T.Documents(T.document_bounds(docs, limits), limits, False, caps)
-    sizes = [(*docs.shape, h, 128) for h in (heads_q, heads_kv, heads_kv, heads_q)]
-    *qkv, dy = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in sizes)
+    spans = T.Documents(T.document_bounds(docs, limits), limits, False, shape[2])
+    *qkv, dy = (t.to("cuda", torch.bfloat16) for t in inputs(shape, docs))
     leaves = [t.requires_grad_() for t in qkv]
     y = T.attend(*leaves, T.Context(spans, {}, lambda dim: SCALE))
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
