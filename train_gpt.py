@@ -5504,7 +5504,7 @@ def _(docs, limits):
 
 
 FA4_FEWEST = 128  # documents that its kernels are told of; above 256 they are other kernels
-FA4_GRAPHED = 256  # in a CUDA graph: 128 would be too few now and then, and need more graphs
+FA4_GRAPHED = 256  # in a CUDA graph, where more than it has room for need another graph
 FA4_OLDEST = "4.0.0b36"  # tested here; before b10 its backward could read dO too early (PR 2481)
 
 
