@@ -2131,10 +2131,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            up, down = self.up.weight.to(x.dtype), self.down.weight.to(x.dtype)
+            weights = self.up.weight, self.down.weight
+            weights = unit_rows(*weights) if self.fp8 else weights
+            up, down = (weight.to(x.dtype) for weight in weights)
             x, shape = x.flatten(0, -2), x.shape
             if self.fp8:
-                eights = mlp_in_fp8(x, self.up.weight, self.down.weight)
+                eights = mlp_in_fp8(x, *weights)
                 return fused_mlp_fp8(x, up, down, *eights, self.fp8 == "both")[0].view(shape)
             return fused_mlp(x, up, down)[0].view(shape)
         return self.down(F.relu(self.up(x)).square())
@@ -4850,13 +4852,15 @@ def halves(t):
     return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
 
 
-# By this the FP8 sums of an MLP's way back are divided, at d = 768 up to 448^2 x 768 = 1.5e8 times
-# 2 sqrt(post): e5m2 then holds what is from 4 to 1.5e10, at three bits from 16 on.
+UP8_SCALE = 1 / 448  # of rows of length 1
+
+# By this the FP8 sums of an MLP's way back are divided: e5m2 then holds what is from 4 to 1.5e10,
+# three bits of it from 16 on. None is above 448^2 d x 2 sqrt(d), 8.5e9 at d = 768.
 INNER8_SCALE = 2.0**18
 
 
 @jit
-def relu2_part(t, rows, post, out, out8, m, n, BACK: tl.constexpr):
+def relu2_part(t, rows, post, out, out8, m, n, K: tl.constexpr, BACK: tl.constexpr):
     if BACK:
         t = t * (2 * tl.sqrt(post.load([m, n]).to(tl.float32)))
         if out8 is not None:
@@ -4870,8 +4874,9 @@ def relu2_part(t, rows, post, out, out8, m, n, BACK: tl.constexpr):
         t = t * t
         out.store([m, n], t.to(out.dtype))
         if out8 is not None:
-            t = tl.minimum(t, 448.0, tl.PropagateNan.ALL)  # the largest e4m3
-            out8.store([m, n], t.to(out8.dtype))
+            eight = t * (448.0 / K)  # relu^2 is K at most; then the largest e4m3
+            eight = tl.minimum(eight, 448.0, tl.PropagateNan.ALL)
+            out8.store([m, n], eight.to(out8.dtype))
 
 
 @jit
@@ -4891,8 +4896,9 @@ def relu2_tiles(
     BACK: tl.constexpr,
 ):
     """out [M, N] = relu(a [M, K] b [N, K]^T)^2; with BACK (a [M, K] b [K, N]) x 2 sqrt(post).
-    Operands in FP8 come with the `scale` of their product, and out8 is out in FP8; with BACK b is
-    [N, K] then, scale [M], and out8 without it, / INNER8_SCALE, in e5m2.
+    Operands in FP8, as `mlp_in_fp8` makes them, have the result in out8, too, x 448 / K in e4m3.
+    With BACK b is [N, K] then, `scale` [M] that of the product's rows, and out8 without it, /
+    INNER8_SCALE, in e5m2.
 
     A program computes every so many tiles, columns first, so that all of b stays in the L2 cache;
     flattened, the loop loads the next tile while this one leaves.
@@ -4913,26 +4919,26 @@ def relu2_tiles(
                 row = m + tl.arange(0, BM)
                 rows = tl.load(scale + row, row < M, 0.0)
             else:
-                total *= tl.load(scale)
+                total *= K**0.5 / (448.0 * 448.0)  # see `mlp_in_fp8`
         left, right = halves(total)
         if BACK:  # in quarters, as post comes in beside it
             first, second = halves(left)
             third, fourth = halves(right)
-            relu2_part(first, rows, post, out, out8, m, n, BACK)
-            relu2_part(second, rows, post, out, out8, m, n + BN // 4, BACK)
-            relu2_part(third, rows, post, out, out8, m, n + BN // 2, BACK)
-            relu2_part(fourth, rows, post, out, out8, m, n + 3 * BN // 4, BACK)
+            relu2_part(first, rows, post, out, out8, m, n, K, BACK)
+            relu2_part(second, rows, post, out, out8, m, n + BN // 4, K, BACK)
+            relu2_part(third, rows, post, out, out8, m, n + BN // 2, K, BACK)
+            relu2_part(fourth, rows, post, out, out8, m, n + 3 * BN // 4, K, BACK)
         else:
-            relu2_part(left, rows, post, out, out8, m, n, BACK)
-            relu2_part(right, rows, post, out, out8, m, n + BN // 2, BACK)
+            relu2_part(left, rows, post, out, out8, m, n, K, BACK)
+            relu2_part(right, rows, post, out, out8, m, n + BN // 2, K, BACK)
 
 
 def relu2_product(
     a: Tensor, b: Tensor, post: Tensor | None, tile: Tile, out8: Tensor | None = None, scale=None
 ) -> Tensor:
     """`relu2_tiles` on contiguous matrices; the TMA unit wants rows by 16 B: K and N by 8, in FP8
-    by 16. Where out8 [M, N] is given it and the operands are in FP8, the result is in bfloat16 and
-    `scale` is the product's, on the way back one of each row."""
+    by 16. Where out8 [M, N] is given it and the operands are in FP8, the result is in bfloat16; on
+    the way back its product has a `scale` for each row, [M]."""
     back, unit = post is not None, 8 if out8 is None else 16
     across = back and out8 is None  # b [K, N]
     (m, k), n = a.shape, b.size(1 if across else 0)
@@ -5000,15 +5006,26 @@ def mlp_gradients(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
 fused_mlp.register_autograd(mlp_gradients, setup_context=mlp_keep)
 
 
+def unit_rows(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """up [width, d], down [d, width] -> those of the same MLP whose rows of up have length 1.
+
+    relu(c z)^2 = c^2 relu(z)^2, so the square of a row's length can go into the column of down.
+    What FP8 has to hold is bounded by that: relu^2 by d for x of unit RMS, whatever was trained.
+    (Cut at a constant instead, a unit beyond it grows on, as gradients see it and the loss does
+    not.) Lengths are constants to the gradients, which so are those of the weights given.
+    """
+    length = up.detach().norm(dim=1).clamp(min=1e-12)
+    return up / length[:, None], down * length.square()
+
+
 def mlp_in_fp8(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-    """x [M, d] of unit RMS, weights in fp32 -> all three in e4m3, and scales: of the product of the
-    first two, and of the third. Weights by their largest value, so that a step that made one large
-    spoils no product."""
-    x_scale = x.size(1) ** 0.5 / 448  # a unit-RMS row of d values cannot exceed sqrt(d)
+    """x [M, d] of unit RMS, weights of `unit_rows` -> all three in e4m3, and the last one's scale.
+    x and up by what cannot be exceeded: a value by sqrt(d) in the one, 1 in the other; down by its
+    largest value, so that a step that made one large spoils no product."""
     x, up, down = (t.detach() for t in (x, up, down))
-    of_up, of_down = (t.abs().amax().float().clamp(min=1e-12) / 448 for t in (up, down))
-    x8, up8 = to_fp8(x, x_scale, E4M3), to_fp8(up, of_up, E4M3)
-    return x8, up8, to_fp8(down, of_down, E4M3), of_up * x_scale, of_down
+    of_down = down.abs().amax().float().clamp(min=1e-12) / 448
+    x8, up8 = to_fp8(x, x.size(1) ** 0.5 / 448, E4M3), to_fp8(up, UP8_SCALE, E4M3)
+    return x8, up8, to_fp8(down, of_down, E4M3), of_down
 
 
 @torch.library.custom_op("nca::mlp_fp8", mutates_args=())
@@ -5019,16 +5036,16 @@ def fused_mlp_fp8(
     x8: Tensor,
     up8: Tensor,
     down8: Tensor,
-    up_scale: Tensor,
     down_scale: Tensor,
     both: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`fused_mlp` of what `mlp_in_fp8` made of its inputs: both products in FP8, the second's left
-    operand cut at 448. The way back, from x, up and down, is the same but for `both`, where the
-    gradient of x comes by FP8, too."""
+    """`fused_mlp` of what `mlp_in_fp8` made of its inputs, rows of up of length 1: both products in
+    FP8. The way back, from x, up and down, is the same but for `both`, where the gradient of x
+    comes by FP8, too."""
     post8 = torch.empty(x.size(0), up.size(0), dtype=E4M3, device=x.device)
-    post = relu2_product(x8, up8, None, UP8_TILE, post8, up_scale)
-    return fp8_mm(post8, down8.t(), up_scale.new_ones(()), down_scale, x.dtype, True), post
+    post = relu2_product(x8, up8, None, UP8_TILE, post8)
+    post_scale = down_scale.new_full((), x.size(1) / 448)
+    return fp8_mm(post8, down8.t(), post_scale, down_scale, x.dtype, True), post
 
 
 @torch.library.custom_op("nca::mlp_back_fp8", mutates_args=())
@@ -5044,7 +5061,7 @@ def mlp_back_fp8(
 
 
 @fused_mlp_fp8.register_fake
-def _(x, up, down, x8, up8, down8, up_scale, down_scale, both):
+def _(x, up, down, x8, up8, down8, down_scale, both):
     shape = x.size(0), up.size(0)
     return x.new_empty(x.size(0), down.size(0)), x.new_empty(shape, dtype=torch.bfloat16)
 
@@ -5062,26 +5079,25 @@ def mlp_keep_fp8(ctx, inputs, output) -> None:
     mlp_keep(ctx, (x, *eights), output)
 
 
-def gradient_in_fp8(grad: Tensor, up8, down8, up_scale, down_scale) -> tuple[Tensor, ...]:
+def gradient_in_fp8(grad: Tensor, up8, down8, down_scale) -> tuple[Tensor, ...]:
     """The gradient of the MLP's output [M, d] -> what `mlp_back_fp8` takes before post, and the
     scales [M, 1] by which its rows were cut: each by its largest value, in the pass that reads it,
     where one for all would need another pass."""
     of_rows = grad.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 448
-    of_up = up_scale / (grad.size(1) ** 0.5 / 448)  # see mlp_in_fp8
-    scale = INNER8_SCALE * of_up * down_scale
+    scale = INNER8_SCALE * UP8_SCALE * down_scale
     eights = to_fp8(grad, of_rows, E4M3), transposed(up8), transposed(down8)
     return *eights, of_rows[:, 0] * down_scale, scale, of_rows
 
 
 def mlp_gradients_fp8(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     if not ctx.both:
-        return *mlp_gradients(ctx, grad, _), *(None,) * 6
+        return *mlp_gradients(ctx, grad, _), *(None,) * 5
     x, *eights, post = ctx.saved_tensors
     grad = grad.contiguous()
     *operands, of_rows = gradient_in_fp8(grad, *eights)
     inner, dx = mlp_back_fp8(*operands, post)
     dx = (dx * of_rows).to(x.dtype)
-    return dx, inner.t() @ x, grad.t() @ post, *(None,) * 6
+    return dx, inner.t() @ x, grad.t() @ post, *(None,) * 5
 
 
 fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
@@ -5089,21 +5105,22 @@ fused_mlp_fp8.register_autograd(mlp_gradients_fp8, setup_context=mlp_keep_fp8)
 
 @functools.cache
 def probe_mlp_fp8(device: torch.device, both: bool = False) -> str:
-    """Of its way forward, and back where that is in FP8, too: against fp64 on the same FP8 numbers.
-    What is left are sums in fewer bits, and what they make round the other way."""
+    """Of its way forward, and back where that is in FP8, too: against fp64 on the same FP8 numbers,
+    relu^2 as large as it can be in one place. What is left are sums in fewer bits, and what they
+    make round the other way."""
     if not hopper(device):
         return NO_HOPPER
     gen = torch.Generator(device).manual_seed(0)
     shapes = (304, 128), (528, 128), (128, 528), (304, 128)
     x, up, down, grad = (torch.randn(shape, generator=gen, device=device) for shape in shapes)
-    x, up = norm(x), up / 128**0.5
+    x = norm(x)
+    up[3] = x[3]
+    up, down = unit_rows(up, down)
     try:
-        x8, up8, down8, up_scale, down_scale = eights = mlp_in_fp8(x, up, down)
+        x8, up8, down8, down_scale = eights = mlp_in_fp8(x, up, down)
         bf16 = (t.to(torch.bfloat16) for t in (x, up, down))
         got = y, post = fused_mlp_fp8(*bf16, *eights, both)
-        exact = F.relu(x8.double() @ up8.double().t() * up_scale).square()
-        post8 = exact.float().clamp(max=448).to(E4M3).double()
-        want = post8 @ down8.double().t() * down_scale, exact
+        want = exact_in_fp8(*eights)
         if both:
             *operands, _ = gradient_in_fp8(grad.bfloat16(), *eights[1:])
             got += mlp_back_fp8(*operands, post)
@@ -5111,6 +5128,14 @@ def probe_mlp_fp8(device: torch.device, both: bool = False) -> str:
         return verdict(errors_of(got, want), 0.03)
     except Exception as e:
         return failure(e)
+
+
+def exact_in_fp8(x8, up8, down8, down_scale) -> tuple[Tensor, Tensor]:
+    """`fused_mlp_fp8` in fp64."""
+    d = x8.size(1)
+    exact = F.relu(x8.double() @ up8.double().t() * (d**0.5 * UP8_SCALE / 448)).square()
+    post8 = to_fp8(exact, d / 448, E4M3).double() * (d / 448)
+    return post8 @ down8.double().t() * down_scale, exact
 
 
 def exact_back(grad8, up8t, down8t, rows, scale, post) -> tuple[Tensor, Tensor]:

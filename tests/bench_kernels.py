@@ -207,13 +207,12 @@ def sweep(tokens: int, rows: int) -> None:
         finally:
             setattr(T, name, before)
 
-    x8, *eights = T.mlp_in_fp8(T.norm(x), up, down)
-    up8, _, up_scale, _ = eights
+    x8, up8, *eights = T.mlp_in_fp8(T.norm(x), *T.unit_rows(up, down))
     post8, inner8 = (torch.empty_like(post, dtype=kind) for kind in (T.E4M3, T.E5M2))
-    grad8, _, down8t, scales, *_ = T.gradient_in_fp8(grad, *eights)
+    grad8, _, down8t, scales, *_ = T.gradient_in_fp8(grad, up8, *eights)
 
     def eight(t: tuple) -> None:
-        T.relu2_product(x8, up8, None, T.Tile(*t), post8, up_scale)
+        T.relu2_product(x8, up8, None, T.Tile(*t), post8)
 
     def eight_back(t: tuple) -> None:
         T.relu2_product(grad8, down8t, post, T.Tile(*t), inner8, scales)

@@ -133,30 +133,49 @@ def test_interpreted_mlp_in_the_model():
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
-def exact_in_fp8(x8, up8, down8, up_scale, down_scale) -> tuple[Tensor, Tensor]:
-    """(output, post) of the FP8 MLP in fp64, on the same FP8 numbers."""
-    post = torch.relu(x8.double() @ up8.double().t() * up_scale).square()
-    post8 = post.float().clamp(max=448).to(T.E4M3).double()
-    return post8 @ (down8.double() * down_scale).t(), post
+def fp8_case(rows: int, width: int, d: int, device="cpu", times: float = 40.0):
+    """`mlp_case` as `mlp_in_fp8` wants it. A unit is `times` as long as the others, and five rows
+    of x are along it: relu^2 is there as large as it can be, d, or times^2 d before `unit_rows`."""
+    inputs, grad = mlp_case(rows, width, d, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        x, up, down = (t.float() for t in inputs)
+        x[:5] = up[3]
+        up[3] *= times
+        inputs = [T.norm(x), *T.unit_rows(up, down)]
+    return [t.to(grad.dtype).requires_grad_() for t in inputs], grad
+
+
+def test_unit_rows_are_the_same_mlp():
+    """Output and gradients, of a unit of no length, too; relu^2 within what e4m3 is to hold."""
+    inputs, grad = mlp_case(40, 24, 16, dtype=torch.float64)
+    with torch.no_grad():
+        inputs[1][5] *= 1e4
+        inputs[1][6] = 0
+    found = with_gradients(lambda x, *w: plain_mlp(x, *T.unit_rows(*w)), inputs, grad)
+    for g, w in zip(found, with_gradients(plain_mlp, inputs, grad), strict=True):
+        torch.testing.assert_close(g, w)
+    x, (up, _) = T.norm(inputs[0]), T.unit_rows(*inputs[1:])
+    x = torch.cat([x, up[:1] * 4])  # a row of x along one of up
+    post = torch.relu(x @ up.t()).square()
+    assert 15.99 < post.max() < 16.01
 
 
 @interpreted
 def test_interpreted_mlp_in_fp8():
     """Its products are those of the rounded operands, its gradients the other one's."""
-    inputs, grad = mlp_case(304, 272, 80, dtype=torch.bfloat16)
-    with torch.no_grad():
-        inputs[0].copy_(T.norm(inputs[0]))
-        inputs[1] *= 3  # post beyond 448, the largest e4m3
-        inputs[1][0] *= 40
-    x8, up8, down8, up_scale, down_scale = eights = T.mlp_in_fp8(*inputs)
+    inputs, grad = fp8_case(304, 272, 80)
+    x8, up8, down8, down_scale = eights = T.mlp_in_fp8(*inputs)
     assert {t.dtype for t in (x8, up8, down8)} == {T.E4M3}
-    for t, scale, of in zip((up8, down8), (up_scale * 448 / 80**0.5, down_scale), inputs[1:]):
-        assert error(t.double() * scale, of.detach()) < 0.04 and t.float().abs().max() == 448
+    for t, scale, of in zip((x8, up8, down8), (80**0.5 / 448, 1 / 448, down_scale), inputs):
+        assert error(t.double() * scale, of.detach()) < 0.04
+    assert down8.float().abs().max() == 448
     y, post = T.fused_mlp_fp8(*inputs, *eights, False)
     post = post.detach()
-    want, exact = exact_in_fp8(*eights)
-    assert error(post, exact) < 5e-3 and post.max() > 448
+    want, exact = T.exact_in_fp8(*eights)
+    assert error(post, exact) < 5e-3 and 78 < post.max() < 82
     assert error(y.detach(), want) < 0.06  # the interpreter's cast to FP8 cuts bits off
+    plain = plain_mlp(*(t.detach().double() for t in inputs))
+    assert error(y[:5].detach(), plain[:5]) < 0.15 and error(y[5:].detach(), plain[5:]) < 0.1
     got = torch.autograd.grad(y, inputs, grad)
     inner = T.mlp_back(grad, inputs[2].detach(), post)
     want = inner @ inputs[1], inner.t() @ inputs[0], grad.t() @ post
@@ -164,13 +183,10 @@ def test_interpreted_mlp_in_fp8():
         assert torch.equal(g, w)
 
 
-def back_case(rows: int, width: int, d: int, device="cpu", std: float = 1.0):
+def back_case(rows: int, width: int, d: int, device="cpu"):
     """(inputs of an MLP in bfloat16, the gradient of its output, what `fused_mlp_fp8` takes of the
     inputs). Two rows of the gradient are far smaller and larger than the others, one is zero."""
-    inputs, grad = mlp_case(rows, width, d, device=device, dtype=torch.bfloat16)
-    with torch.no_grad():
-        inputs[0].copy_(T.norm(inputs[0]))
-        inputs[1] *= std
+    inputs, grad = fp8_case(rows, width, d, device, times=1)
     grad[5] *= 1e-5
     grad[6] = 0
     grad[7] *= 100
@@ -181,10 +197,10 @@ def back_case(rows: int, width: int, d: int, device="cpu", std: float = 1.0):
 @pytest.mark.parametrize("tile", [None, T.Tile(32, 64, 16, warps=4, stages=2, programs=1)])
 def test_interpreted_mlp_in_fp8_both_ways(monkeypatch, tile):
     """Each gradient is that of the rounded operands, small rows' too; rows and columns that fill no
-    tile, post beyond 448."""
+    tile."""
     if tile is not None:
         monkeypatch.setattr(T, "BACK8_TILE", tile)
-    inputs, grad, eights = back_case(304, 272, 80, std=3.0)
+    inputs, grad, eights = back_case(304, 272, 80)
     y, post = T.fused_mlp_fp8(*inputs, *eights, True)
     dx, d_up, d_down = torch.autograd.grad(y, inputs, grad)
     x, up, down = (t.detach().float() for t in inputs)
@@ -472,8 +488,9 @@ def plain_product(a, b, post, tile, out8=None, scale=None):
         out8.copy_(T.to_fp8(out, T.INNER8_SCALE, T.E5M2))
         return (out * scale[:, None]).bfloat16()
     if out8 is not None:
-        out = torch.relu(a.float() @ b.float().t() * scale).square()
-        out8.copy_(out.clamp(max=448).to(T.E4M3))
+        d = a.size(1)
+        out = torch.relu(a.float() @ b.float().t() * (d**0.5 / 448**2)).square()
+        out8.copy_(T.to_fp8(out, d / 448, T.E4M3))
         return out.bfloat16()
     if post is None:
         return torch.relu(a @ b.t()).square()
@@ -490,6 +507,38 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(T, "hopper", lambda device: True)
     monkeypatch.setattr(T, "loss_and_grad", plain_loss)
     monkeypatch.setattr(T, "relu2_product", plain_product)
+
+
+@pytest.mark.parametrize("fp8", ["forward", "both"])
+@pytest.mark.parametrize("times", [1, 30])
+def test_gradients_of_an_fp8_mlp_are_of_what_it_computes(on_cpu, fp8, times):
+    """Of a unit that is `times` as long as the others, too: what gradients say of its growth is
+    what the output does, and none is larger than without FP8. (relu^2 was cut at 448 once, there a
+    255th of it, and its gradients were not.)"""
+    mlp, x = T.MLP(T.make_config("demo", vocab=257).model, 0), rand(48, 128)
+    H.randomise(mlp)
+    up, down = mlp.up.weight, mlp.down.weight
+    with torch.no_grad():
+        up.div_(up.norm(dim=1, keepdim=True))
+        x[:9] = up[3] + 0.03 * x[:9]
+        up[3] *= times
+    inputs = [T.norm(x).bfloat16().requires_grad_(), up, down]
+    grad = rand(48, 128, seed=8, dtype=torch.bfloat16)
+    grad[:9] = down[:, 3].sign()  # so that what the unit adds does not cancel
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = with_gradients(plain_mlp, exact, grad.double())
+    mlp.fused, mlp.fp8 = True, fp8
+    found = with_gradients(lambda *_: mlp(inputs[0]), inputs, grad)
+    for g, w in zip(found, want, strict=True):
+        assert error(g, w) < 0.08 and 0.93 < g.double().norm() / w.norm() < 1.07
+    for weight, part, by in ((up, (3,), found[2]), (down, (slice(None), 3), found[3])):
+        slope, before, ends = (by * weight.detach())[part].sum(), weight[part].clone(), []
+        with torch.no_grad():
+            for factor in (1.5, 0.5):
+                weight[part] = factor * before
+                ends.append(float((mlp(inputs[0]).double() * grad).sum()))
+            weight[part] = before
+        assert ends[0] - ends[1] == pytest.approx(float(slope), rel=0.05)
 
 
 def probes() -> dict[str, str]:
@@ -557,6 +606,20 @@ def test_the_fp8_probe_sees_what_the_second_product_reads(on_cpu, monkeypatch, b
     monkeypatch.setattr(T, "relu2_product", off)
     assert probes()["both"].startswith("computes wrongly on this card")
     assert bool(probes()["fp8"]) != back
+
+
+def test_the_fp8_probe_sees_a_cut(on_cpu, monkeypatch):
+    """Of what the second product reads, at half of the largest e4m3: of one number."""
+
+    def cut(a, b, post, tile, out8=None, scale=None):
+        out = plain_product(a, b, post, tile, out8, scale)
+        if out8 is not None and post is None:
+            assert (out8.float() > 224).sum() == 1
+            out8.copy_(out8.float().clamp(max=224).to(T.E4M3))
+        return out
+
+    monkeypatch.setattr(T, "relu2_product", cut)
+    assert probes()["fp8"].startswith("computes wrongly on this card")
 
 
 @pytest.mark.parametrize("wrong", ["table", "second", "seen", "raises", ""])
@@ -662,14 +725,13 @@ def test_gpu_mlp_gives_the_same_bits_again():
 @here
 @pytest.mark.parametrize("rows, width", [(4096, 3072), (1008, 3456), (640, 3648)])
 def test_gpu_mlp_in_fp8(rows, width):
-    """On the same FP8 numbers against fp64; from the unrounded ones some 4 % off; the same bits
-    again."""
-    inputs, _ = mlp_case(rows, width, 768, device=CUDA, dtype=torch.bfloat16)
+    """On the same FP8 numbers against fp64; from the unrounded ones some 4 % off, also where relu^2
+    is as large as it can be; the same bits again."""
+    inputs, _ = fp8_case(rows, width, 768, CUDA)
     x, up, down = (t.detach() for t in inputs)
-    x = T.norm(x)
     eights = T.mlp_in_fp8(x, up, down)
     y, post = T.fused_mlp_fp8(x, up, down, *eights, False)
-    want, exact = exact_in_fp8(*eights)
+    want, exact = T.exact_in_fp8(*eights)
     far = error(post, exact), error(y, want), error(y, plain_mlp(x, up, down))
     print(" ".join(f"{e:.1e}" for e in far))
     assert far[0] < 0.02 and far[1] < 0.03 and far[2] < 0.06, far
