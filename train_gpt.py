@@ -177,7 +177,7 @@ class OptimConfig:
     momentum_start: float = knob(0.85, "Muon at step 0, and at the end after momentum_cooldown")
     momentum_warmup: int = knob(300, "steps from momentum_start to momentum")
     momentum_cooldown: int = knob(50, "last steps, back to momentum_start")
-    muon_dtype: str = knob("auto", "orthogonalisation in: auto | bfloat16 | float32")
+    muon_dtype: str = knob("auto", "orthogonalisation in: auto | float16 | float32")
     head_lr: float = knob(0.008, "Adam, language-model head")
     embed_lr: float = knob(0.6, "Adam, token embedding")
     value_lr: float = knob(0.6, "Adam, value embeddings")
@@ -531,8 +531,11 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     need(r.looks <= 20, f"--looks {r.looks}: at most 20")
     need(r.keep >= 1, "--keep 1 or more")
     need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
-    for flag, v in (("dtype", r.dtype), ("muon_dtype", cfg.optim.muon_dtype)):
-        need(v in ("auto", "bfloat16", "float32"), f"--{flag} {v!r}: auto, bfloat16 or float32")
+    for flag, v, half in (
+        ("dtype", r.dtype, "bfloat16"),
+        ("muon_dtype", cfg.optim.muon_dtype, "float16"),
+    ):
+        need(v in ("auto", half, "float32"), f"--{flag} {v!r}: auto, {half} or float32")
     need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
     need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
     if r.attention == "fa4":
@@ -2353,9 +2356,10 @@ def flops_per_token(model: nn.Module, keys_long: float, keys_short: float) -> fl
 
 # ---- 6. Optimizer -------------------------------------------------------------------------------
 
-# Polar Express (record 38): five steps whose polynomials are tuned one by one.
+# Polar Express (record 38): five steps whose polynomials are tuned one by one. The first is of
+# x / 1.02, as rounding may take no singular value out of their range.
 POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (8.156554524902461 / 1.02, -22.48329292557795 / 1.02**3, 15.878769915207462 / 1.02**5),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
@@ -2363,18 +2367,34 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(u: Tensor, dtype: torch.dtype, coefficients=POLAR_EXPRESS) -> Tensor:
-    """u [n, rows, cols] -> the nearest semi-orthogonal matrices, roughly: singular values that were
-    >= 0.001 of the norm come out in [0.847, 1.141] (bfloat16 blurs the smallest ones)."""
-    x = u.to(dtype)
-    tall = x.size(1) > x.size(2)  # then from the right, so that the result is laid out as u is
-    slack = 1.02 if coefficients is POLAR_EXPRESS else 1.0
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * slack + 1e-7)
-    for a, b, c in coefficients:
+def unit(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """u [n, rows, cols] in dtype, each matrix divided by its norm."""
+    norm = torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    return (u / (norm + 1e-7)).to(dtype)
+
+
+def orthogonalize(x: Tensor, coefficients=POLAR_EXPRESS) -> Tensor:
+    """x [n, rows, cols] of norm 1 -> the nearest semi-orthogonal matrices, roughly: singular values
+    that were >= 0.001 come out in [0.847, 1.141] (16 bits blur the smallest ones).
+
+    A step multiplies x by a polynomial of its Gram matrix. Of a long x the Gram matrix itself takes
+    the steps, and x the product of their polynomials (dao-lab.ai, "Gram Newton-Schulz"): cheaper,
+    but rounding makes small eigenvalues negative, and each step enlarges them: so not all five, and
+    not in bfloat16.
+    """
+    rows, cols = x.shape[1:]
+    tall = rows > cols  # then from the right, so that the result is laid out as x is
+    long = max(rows, cols) > 2 * min(rows, cols)  # where it pays
+    for part in (coefficients[:2], coefficients[2:]) if long else zip(coefficients):
         gram = x.mT @ x if tall else x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        sides = (x, poly) if tall else (poly, x)
-        x = torch.baddbmm(x, *sides, beta=a)
+        poly = product = None
+        for a, b, c in part:
+            if poly is not None:
+                gram = poly @ gram @ poly
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            poly.diagonal(dim1=1, dim2=2).add_(a)
+            product = poly if product is None else poly @ product
+        x = x @ product.mT if tall else product @ x  # symmetric but for rounding
     return x
 
 
@@ -2409,10 +2429,14 @@ def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def muon_direction(grad: Tensor, momentum: Tensor, mu, rest, bad: Tensor, dtype) -> Tensor:
-    """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors."""
+    """Nesterov momentum as interpolations (TECHNIQUES 2.1); rest = 1 - mu, floats or tensors. Of
+    matrices [n, rows, cols], each of which comes out divided by its norm."""
     grad = torch.where(bad, momentum, grad)  # NaN x 0 is NaN; drawn towards itself it stays
     momentum.lerp_(grad, rest)
-    return grad.lerp(momentum, mu).to(dtype)
+    u = grad.lerp(momentum, mu)
+    if dtype == torch.float16:  # compiled, it waits in memory for the norm: in 16 bits of any size
+        u = u.to(torch.bfloat16)
+    return unit(u, dtype)
 
 
 def muon_update(
@@ -2592,8 +2616,8 @@ class Bank:
                 self.adam["step"] = self.own.new_zeros(())
             self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, group)
             return
-        u = self.direct(self.own_grad, self.momentum, *factors[1:], bad, dtype)
-        step = orthogonalize(u.view(-1, *self.matrix), dtype)
+        grad, mean = (t.view(-1, *self.matrix) for t in (self.own_grad, self.momentum))
+        step = orthogonalize(self.direct(grad, mean, *factors[1:], bad, dtype))
         second = self.second.view(len(step), -1) if group.beta2 else None
         self.turn(self.own.view_as(step), step, second, factors[0], bad, group)
 
@@ -3766,11 +3790,11 @@ class Trainer:
     def set_up(self) -> None:
         cfg, world, hooks = self.cfg, self.world, self.hooks
 
-        def dtype(name: str) -> torch.dtype:
-            auto = torch.bfloat16 if world.cuda else torch.float32
+        def dtype(name: str, half: torch.dtype) -> torch.dtype:
+            auto = half if world.cuda else torch.float32
             return auto if name == "auto" else getattr(torch, name)
 
-        self.dtype = dtype(cfg.run.dtype)
+        self.dtype = dtype(cfg.run.dtype, torch.bfloat16)
         self.model = self.new_model().to(world.device)
         self.ngram: Ngram | None = getattr(self.model, "ngram", None)
         if hooks.optimizer is not None:
@@ -3778,7 +3802,7 @@ class Trainer:
         else:
             self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
-        self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype)
+        self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype, torch.float16)
         self.kernels = self.choose_kernels()
         if self.ngram is not None:
             self.ngram.make()

@@ -412,3 +412,43 @@ def add_gradient(p: torch.Tensor, g: torch.Tensor) -> None:
         p.grad = g.clone()
     else:
         p.grad.add_(g)
+
+
+# ---- orthogonalisation --------------------------------------------------------------------------
+
+
+def of_known_spectra(rows: int, cols: int) -> torch.Tensor:
+    """[6, rows, cols]: singular values as gradients have them, few large and many small ones."""
+    n = min(rows, cols)
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    spectra = [i**-0.5, 1 / i, i**-2, 10 ** (-5 * (i - 1) / (n - 1))]
+    spectra += [torch.where(i <= k, 1.0, small) for k, small in ((16, 1e-3), (1, 3e-3))]
+    gen = torch.Generator().manual_seed(0)
+    u, v = (
+        torch.linalg.qr(torch.randn(6, side, n, generator=gen, dtype=torch.float64)).Q
+        for side in (rows, cols)
+    )
+    return (u * torch.stack(spectra)[:, None] @ v.mT).float()
+
+
+def polar_loop(u: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Polar Express as in the textbook, step after step on the whole matrices, wide or square."""
+    x = u.to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for a, b, c in T.POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.double()
+
+
+def muon_errors(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """||x - exact|| / ||exact|| of matrices of known spectra: `orthogonalize` in float16, of u that
+    were rounded to bfloat16 as in `muon_direction`, and the textbook's loop in bfloat16."""
+    u = of_known_spectra(rows, cols).to(device)
+    mine = T.orthogonalize(T.unit(u.bfloat16(), torch.float16)).double()
+    if rows > cols:
+        u, mine = u.mT, mine.mT
+    exact = polar_loop(u, torch.float64)
+    length = exact.norm(dim=(1, 2))
+    loop = polar_loop(u, torch.bfloat16)
+    return (mine - exact).norm(dim=(1, 2)) / length, (loop - exact).norm(dim=(1, 2)) / length

@@ -297,7 +297,7 @@ def naive_step(w, g, m, v, lr: float, mu: float) -> None:
     """One matrix, in place, by TECHNIQUES' equations: m, v are its momentum and row averages."""
     m += (1 - mu) * (g - m)
     u = g + mu * (m - g)
-    o = T.orthogonalize(u[None], torch.float32)[0]
+    o = T.orthogonalize(T.unit(u[None], torch.float32))[0]
     norm = o.norm()
     tall = o.size(0) >= o.size(1)
     for i in range(len(v)):

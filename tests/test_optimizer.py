@@ -44,12 +44,13 @@ MATRICES = {"square": (32, 32), "square2": (32, 32), "tall": (64, 16), "wide": (
 
 @pytest.mark.parametrize("wd", [0.0, 0.1])
 def test_muon_equals_torchs(monkeypatch, wd):
-    """The same coefficients, nesterov, sqrt(max(1, rows / cols)), both inside in bfloat16."""
+    """The same coefficients, nesterov, sqrt(max(1, rows / cols)); inside, ours in float16 and
+    torch's in bfloat16, whose rounding is what is left (up to 1.6e-2)."""
     monkeypatch.setattr(T, "orthogonalize", functools.partial(T.orthogonalize, coefficients=KELLER))
     ours = Bag(MATRICES, "matrix")
     theirs = {n: nn.Parameter(p.detach().clone()) for n, p in ours.named_parameters()}
     opt = T.Optimizer(ours, {"matrix": T.Group("muon", 0.05, wd=wd)}, WORLD)
-    opt.muon_dtype = torch.bfloat16
+    opt.muon_dtype = torch.float16
     other = torch.optim.Muon(
         theirs.values(), lr=0.05, weight_decay=wd, momentum=0.9, nesterov=True, ns_steps=5
     )
@@ -63,7 +64,7 @@ def test_muon_equals_torchs(monkeypatch, wd):
         for name, p in ours.named_parameters():
             moved = (p - start[name]).norm()
             error = (p - theirs[name]).norm() / moved
-            assert error < 1e-3, f"{name} after step {step}: {error:.1e}"
+            assert error < 3e-2, f"{name} after step {step}: {error:.1e}"
     assert moved > 0.5
 
 
@@ -153,15 +154,15 @@ def with_singular_values(rows, cols, seed, smallest=1e-3):
 
 
 @pytest.mark.parametrize(
-    "dtype, low, high", [(torch.float32, 0.846, 1.142), (torch.bfloat16, 0.7, 1.16)]
+    "dtype, low, high", [(torch.float32, 0.846, 1.142), (torch.float16, 0.79, 1.18)]
 )
 @pytest.mark.parametrize("rows, cols", [(48, 48), (96, 32), (32, 96), (128, 128), (16, 64)])
 def test_singular_values_in_the_stated_band(rows, cols, dtype, low, high):
-    """The five polynomials map [0.001, 1] into [0.847, 1.141]; bfloat16 blurs the smallest ones.
+    """The five polynomials map [0.001, 1] into [0.847, 1.141]; float16 blurs the smallest ones.
     At any scale of the matrix; directions are kept."""
     made = [with_singular_values(rows, cols, seed) for seed in range(6)]
     batch = torch.stack([m * 10.0 ** (i - 3) for i, (m, _, _) in enumerate(made)]).float()
-    out = T.orthogonalize(batch, dtype).double()
+    out = T.orthogonalize(T.unit(batch, dtype)).double()
     s = torch.linalg.svdvals(out)
     assert s.min() >= low and s.max() <= high, (s.min(), s.max())
     if dtype == torch.float32:
@@ -171,18 +172,25 @@ def test_singular_values_in_the_stated_band(rows, cols, dtype, low, high):
             assert off.abs().max() < 2e-2 and inner.diag().min() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, cols", [(64, 64), (64, 256), (256, 64)])
+def test_float16_errs_less_than_the_textbook_loop_in_bfloat16(rows, cols):
+    """Which it replaced: at most 0.76 of that loop's errors here."""
+    mine, theirs = H.muon_errors(rows, cols, torch.device("cpu"))
+    assert (mine < 0.8 * theirs).all(), (mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_zero_matrix_gives_zeros(dtype):
     batch = torch.stack([torch.zeros(16, 24), torch.randn(16, 24)])
-    out = T.orthogonalize(batch, dtype)
+    out = T.orthogonalize(T.unit(batch, dtype))
     assert (out[0] == 0).all() and torch.isfinite(out).all() and out[1].abs().max() > 0.1
 
 
 def test_matrices_of_a_batch_do_not_mix():
     gen = torch.Generator().manual_seed(0)
     batch = torch.randn(4, 24, 16, generator=gen)
-    one_by_one = torch.cat([T.orthogonalize(m[None], torch.float32) for m in batch])
-    torch.testing.assert_close(T.orthogonalize(batch, torch.float32), one_by_one)
+    one_by_one = torch.cat([T.orthogonalize(T.unit(m[None], torch.float32)) for m in batch])
+    torch.testing.assert_close(T.orthogonalize(T.unit(batch, torch.float32)), one_by_one)
 
 
 @pytest.mark.parametrize("arm, doubled", [("diff_v2", ["q"]), ("diff_v1", ["q", "k"])])
@@ -205,7 +213,7 @@ def test_maps_are_orthogonalised_one_by_one(arm, doubled):
         rows, cols = first.shape
         rate = groups["matrix"].lr * max(1, rows / cols) ** 0.5
         for half, g in zip((before - w).split(rows), (first, second)):
-            want = rate * T.orthogonalize(g[None], torch.float32)[0]
+            want = rate * T.orthogonalize(T.unit(g[None], torch.float32))[0]
             torch.testing.assert_close(half, want, rtol=2e-3, atol=2e-5)
 
 

@@ -43,7 +43,7 @@ CHOICES = {
     "form": [*T.V2_FORMS],
     "device": ["auto", "cuda", "cpu"],
     "dtype": ["auto", "bfloat16", "float32"],
-    "muon_dtype": ["auto", "bfloat16", "float32"],
+    "muon_dtype": ["auto", "float16", "float32"],
     "arm": [*H.BUILT_IN, "diff_v2,layers=0+2", "softmax,mlp=96,mlp_layers=1", "mine.py:Mine"],
     "run_id": ["", "a-run", "x=1,y"],
 }
