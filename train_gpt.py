@@ -271,6 +271,9 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
+    compile_ahead: bool = knob(
+        False, "graphs after the first compiled in processes beside it, for Inductor's disk caches"
+    )
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     mlp_fp8: str = knob(
         "", "FP8 in the fused MLP: forward (looks and val too; 84, 89) | both: dx in FP8 as well"
@@ -3705,6 +3708,66 @@ class CallGraph:
         self.found = grads[len(self.params) :]
 
 
+AHEAD_SECONDS = 600  # an orphan's life
+
+
+class Ahead:
+    """Processes that compile what the warm-up comes to later, which then finds it in Inductor's
+    caches on disk; what they fail at it compiles itself. A context, in which they live.
+
+    calls: (rows, tokens a row) of training calls in their order; the first is not for them, and
+    after them comes validation, whose name is None.
+    """
+
+    def __init__(self, trainer: Trainer, calls: list[tuple[int, int]]):
+        self.began, self.misses = time.monotonic(), self.missed()
+        self.children: dict[tuple[int, int] | None, subprocess.Popen] = {}
+        run, world = trainer.cfg.run, trainer.world
+        if not (run.compile and run.compile_ahead) or trainer.hooks.model is not None:
+            return
+        job = {"config": trainer.cfg.flat(), "kernels": trainer.kernels}
+        job |= {"device": str(world.device), "rank": world.rank, "size": world.size}
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt as t"
+        code += "; t.compile_alone(sys.argv[2])"
+        for call in [c for c in dict.fromkeys(calls) if c != calls[0]] + [None]:
+            text = json.dumps(job | {"call": call})
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            command = [sys.executable, "-c", code, str(HERE), text]
+            self.children[call] = subprocess.Popen(command, **quiet)
+
+    @staticmethod
+    def missed() -> int:
+        return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+
+    def wait(self, call: tuple[int, int] | None) -> None:
+        """Until that call's graphs are there. Who takes twice as long as the warm-up did until now
+        is not waited for, and nobody where it found in the caches all that it needed."""
+        if self.children and call in self.children and self.missed() == self.misses:
+            self.end()
+        child = self.children.pop(call, None)
+        if child is None:
+            return
+        try:
+            code = child.wait(time.monotonic() - self.began)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            code = child.wait()
+        if code:
+            print(f"warning: not compiled ahead ({code}): {call or 'validation'}", file=sys.stderr)
+
+    def end(self) -> None:
+        for child in self.children.values():
+            child.kill()
+            child.wait()
+        self.children.clear()
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
+
 class Trainer:
     """A model, its optimizer, its data and its compiled graphs.
 
@@ -3727,13 +3790,14 @@ class Trainer:
         if cfg.run.deterministic:
             be_deterministic()
         self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
+        self.dtype = self.dtype_of(self.cfg.run.dtype)
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.calls: dict[tuple, CallGraph] = {}
         self.documents = FA4_GRAPHED  # that a graph's kernels are told of; it only grows
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
-        self.set_up()
+        self.set_up(self.new_model().to(self.world.device))
         self.source_sha256 = source_digests(self.cfg, self.hooks)  # now: this process may live long
 
     def plan(self) -> None:
@@ -3779,30 +3843,31 @@ class Trainer:
 
     def new_model(self) -> nn.Module:
         """A model as the seed has it, on the CPU: also in what a user's plain modules draw."""
-        cfg = self.cfg
-        torch.manual_seed(cfg.run.seed)
-        length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
-        make = self.hooks.model or (lambda cfg, length, dtype: GPT(cfg.model, length, dtype))
-        model = make(cfg, length, self.dtype)
-        init_parameters(model, cfg.run.seed)
+        torch.manual_seed(self.cfg.run.seed)
+        model = self.bare_model()
+        init_parameters(model, self.cfg.run.seed)
         return model
 
-    def set_up(self) -> None:
-        cfg, world, hooks = self.cfg, self.world, self.hooks
+    def bare_model(self) -> nn.Module:
+        cfg = self.cfg
+        length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
+        if self.hooks.model is not None:
+            return self.hooks.model(cfg, length, self.dtype)
+        return GPT(cfg.model, length, self.dtype)
 
-        def dtype(name: str, half: torch.dtype) -> torch.dtype:
-            auto = half if world.cuda else torch.float32
-            return auto if name == "auto" else getattr(torch, name)
+    def dtype_of(self, name: str, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+        auto = half if self.world.cuda else torch.float32
+        return auto if name == "auto" else getattr(torch, name)
 
-        self.dtype = dtype(cfg.run.dtype, torch.bfloat16)
-        self.model = self.new_model().to(world.device)
+    def set_up(self, model: nn.Module) -> None:
+        cfg, world, hooks, self.model = self.cfg, self.world, self.hooks, model
         self.ngram: Ngram | None = getattr(self.model, "ngram", None)
         if hooks.optimizer is not None:
             self.optimizer = hooks.optimizer(self.model, cfg, world)
         else:
             self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
         self.optimizer.clip = cfg.optim.grad_clip
-        self.optimizer.muon_dtype = dtype(cfg.optim.muon_dtype, torch.float16)
+        self.optimizer.muon_dtype = self.dtype_of(cfg.optim.muon_dtype, torch.float16)
         self.kernels = self.choose_kernels()
         if self.ngram is not None:
             self.ngram.make()
@@ -3941,14 +4006,18 @@ class Trainer:
         stages = self.cfg.schedule.stages
         shapes = {(*self.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
-        for shape in sorted(shapes, key=lambda s: (-s[0] * s[1], s)):
-            of = f", loss over {shape[2]} classes" if shape[2] else ""
-            self.announce(f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
-            for _ in range(2 if self.graphed else 1):  # compiles, then records
-                self.try_call(shape, self.steps[0].window, stream)
-        self.record_windows(stream)
-        self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
-        self.evaluate("dev", self.steps[-1].window, calls=1)
+        shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
+        with Ahead(self, [shape[:2] for shape in shapes]) as ahead:
+            for shape in shapes:
+                of = f", loss over {shape[2]} classes" if shape[2] else ""
+                self.announce(f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
+                ahead.wait(shape[:2])
+                for _ in range(2 if self.graphed else 1):  # compiles, then records
+                    self.try_call(shape, self.steps[0].window, stream)
+            self.record_windows(stream)
+            self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
+            ahead.wait(None)
+            self.evaluate("dev", self.steps[-1].window, calls=1)
         self.world.synchronize()
         dynamo.error_on_recompile = self.cfg.run.compile
         self.compile_s = self.compile_s or time.perf_counter() - began  # later ones compile nothing
@@ -4127,6 +4196,70 @@ class Trainer:
         the last losses. Raises NonFinite, InputError; SystemExit(75) after a signal."""
         self.warm_up()
         return Run(self).train()
+
+
+class Hollow(Trainer):
+    """A Trainer without data, of fake tensors: its graphs compile as a real one's do, and take no
+    memory. job: see `Ahead`."""
+
+    def __init__(self, job: dict):
+        self.cfg, self.hooks = config_from_flat(job["config"]), Hooks()
+        self.world = World(torch.device(job["device"]), job["rank"], job["size"])
+        self.dtype, self.given = self.dtype_of(self.cfg.run.dtype), job["kernels"]
+        with self.world.device:
+            self.set_up(self.bare_model())
+
+    def choose_kernels(self) -> dict[str, str]:
+        return self.given
+
+    def compile(self, graph: Callable, *args) -> None:
+        """Into the caches; calls nothing."""
+        from torch._functorch import config as functorch
+        from torch._inductor.compile_fx import compile_fx
+
+        class Compiled(Exception):
+            pass
+
+        def no_call(*_):
+            raise Compiled
+
+        def backend(graph, inputs):
+            with functorch.patch(force_non_lazy_backward_lowering=True):  # or the first call does
+                compile_fx(graph, inputs)
+            return no_call
+
+        with contextlib.suppress(Compiled):
+            torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)(*args)
+
+
+def compile_alone(text: str) -> None:
+    """What a process of `Ahead` does, for one call. Fails loudly: the warm-up tells."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    signal.alarm(AHEAD_SECONDS)
+    os.nice(5)
+    job = json.loads(text)
+    cfg = config_from_flat(job["config"])
+    if cfg.run.deterministic:
+        be_deterministic()
+    if job["device"] != "cpu":
+        torch.cuda.set_device(job["device"])
+    train, d = job["call"] is not None, cfg.data
+    shape = job["call"] or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(job["device"]):
+        trainer = Hollow(job)
+        tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+        targets = torch.empty(shape, dtype=torch.int64)
+        h, pairs = (torch.empty(*shape, cfg.model.d_model, dtype=trainer.dtype) for _ in range(2))
+        window = torch.empty(2, dtype=torch.int32)
+        limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
+    pairs = () if trainer.ngram is None else (pairs.requires_grad_(),)
+    with torch.set_grad_enabled(train):
+        if pairs:
+            trainer.compile(trainer.ngram.lookup, tokens, docs)
+        trainer.compile(trainer.model, tokens, docs, limits if trainer.fa4 else window, *pairs)
+        if trainer.pointer is not None:
+            trainer.compile(trainer.model.pointer, h.requires_grad_(train), tokens, docs, targets)
 
 
 @torch.no_grad()
