@@ -2309,25 +2309,28 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     """Starts every parameter from a generator of its own, seeded by `seed` and its *name*, so that
     tensors that two arms share start byte-identical; `starts_as` is the name of one to equal. A
     parameter without `init` (a user's plain module) keeps the value that it was built with."""
-    for name, p in model.named_parameters():
-        if getattr(p, "init", None) is None:
-            continue
-        kind, *args = p.init
-        name = getattr(p, "starts_as", name)
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        value = torch.empty(p.shape)
-        if kind == "normal":
-            value.normal_(0, args[0], generator=gen)
-        elif kind == "uniform":
-            bound = 3**0.5 * args[0]
-            value.uniform_(-bound, bound, generator=gen)
-        elif kind == "columns":
-            value.copy_(torch.tensor(args).expand(p.shape))
-        else:
-            value.fill_(0.0 if kind == "zeros" else args[0])
-        with torch.no_grad():
-            p.copy_(value)
+    with ThreadPoolExecutor() as pool:  # one generator draws on one core
+        named = [(n, p) for n, p in model.named_parameters() if getattr(p, "init", None)]
+        list(pool.map(lambda item: init_parameter(*item, seed), named))
+
+
+@torch.no_grad()
+def init_parameter(name: str, p: nn.Parameter, seed: int) -> None:
+    kind, *args = p.init
+    name = getattr(p, "starts_as", name)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(p.shape)
+    if kind == "normal":
+        value.normal_(0, args[0], generator=gen)
+    elif kind == "uniform":
+        bound = 3**0.5 * args[0]
+        value.uniform_(-bound, bound, generator=gen)
+    elif kind == "columns":
+        value.copy_(torch.tensor(args).expand(p.shape))
+    else:
+        value.fill_(0.0 if kind == "zeros" else args[0])
+    p.copy_(value)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -3708,64 +3711,61 @@ class CallGraph:
         self.found = grads[len(self.params) :]
 
 
-AHEAD_SECONDS = 600  # an orphan's life
-
-
 class Ahead:
     """Processes that compile what the warm-up comes to later, which then finds it in Inductor's
-    caches on disk; what they fail at it compiles itself. A context, in which they live.
+    caches on disk; what they fail at it compiles itself.
 
     calls: (rows, tokens a row) of training calls in their order; the first is not for them, and
     after them comes validation, whose name is None.
     """
 
+    SECONDS = 600  # that one lives at most, an orphan too
+
     def __init__(self, trainer: Trainer, calls: list[tuple[int, int]]):
-        self.began, self.misses = time.monotonic(), self.missed()
         self.children: dict[tuple[int, int] | None, subprocess.Popen] = {}
         run, world = trainer.cfg.run, trainer.world
         if not (run.compile and run.compile_ahead) or trainer.hooks.model is not None:
             return
+        self.began, self.misses = time.monotonic(), self.missed()
         job = {"config": trainer.cfg.flat(), "kernels": trainer.kernels}
         job |= {"device": str(world.device), "rank": world.rank, "size": world.size}
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt as t"
-        code += "; t.compile_alone(sys.argv[2])"
-        for call in [c for c in dict.fromkeys(calls) if c != calls[0]] + [None]:
-            text = json.dumps(job | {"call": call})
-            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            command = [sys.executable, "-c", code, str(HERE), text]
-            self.children[call] = subprocess.Popen(command, **quiet)
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt as t; t.Hollow.main()"
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        for call in [*(c for c in dict.fromkeys(calls) if c != calls[0]), None]:
+            command = [sys.executable, "-c", code, str(HERE), json.dumps(job | {"call": call})]
+            try:
+                self.children[call] = subprocess.Popen(command, **quiet)
+            except OSError as e:
+                self.warn(call, e)
 
     @staticmethod
     def missed() -> int:
         return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
 
+    @staticmethod
+    def warn(call: tuple[int, int] | None, why) -> None:
+        print(f"warning: {call or 'validation'} not compiled ahead: {why}", file=sys.stderr)
+
     def wait(self, call: tuple[int, int] | None) -> None:
         """Until that call's graphs are there. Who takes twice as long as the warm-up did until now
         is not waited for, and nobody where it found in the caches all that it needed."""
-        if self.children and call in self.children and self.missed() == self.misses:
-            self.end()
-        child = self.children.pop(call, None)
+        if call in self.children and self.missed() == self.misses:
+            self.close()
+        child = self.children.get(call)
         if child is None:
             return
         try:
-            code = child.wait(time.monotonic() - self.began)
+            child.wait(time.monotonic() - self.began)
         except subprocess.TimeoutExpired:
             child.kill()
-            code = child.wait()
-        if code:
-            print(f"warning: not compiled ahead ({code}): {call or 'validation'}", file=sys.stderr)
+        if child.wait():
+            self.warn(call, f"exit code {child.returncode}")
 
-    def end(self) -> None:
+    def close(self) -> None:
         for child in self.children.values():
             child.kill()
             child.wait()
         self.children.clear()
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.end()
 
 
 class Trainer:
@@ -4007,7 +4007,7 @@ class Trainer:
         shapes = {(*self.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
         shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        with Ahead(self, [shape[:2] for shape in shapes]) as ahead:
+        with contextlib.closing(Ahead(self, [shape[:2] for shape in shapes])) as ahead:
             for shape in shapes:
                 of = f", loss over {shape[2]} classes" if shape[2] else ""
                 self.announce(f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
@@ -4200,66 +4200,70 @@ class Trainer:
 
 class Hollow(Trainer):
     """A Trainer without data, of fake tensors: its graphs compile as a real one's do, and take no
-    memory. job: see `Ahead`."""
+    memory. job: what `Ahead` asks for."""
 
     def __init__(self, job: dict):
         self.cfg, self.hooks = config_from_flat(job["config"]), Hooks()
         self.world = World(torch.device(job["device"]), job["rank"], job["size"])
         self.dtype, self.given = self.dtype_of(self.cfg.run.dtype), job["kernels"]
-        with self.world.device:
+        if self.cfg.run.deterministic:
+            be_deterministic()
+        if self.world.cuda:
+            torch.cuda.set_device(self.world.device)
+        self.fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake, self.world.device:
             self.set_up(self.bare_model())
 
     def choose_kernels(self) -> dict[str, str]:
         return self.given
 
-    def compile(self, graph: Callable, *args) -> None:
-        """Into the caches; calls nothing."""
-        from torch._functorch import config as functorch
-        from torch._inductor.compile_fx import compile_fx
+    @staticmethod
+    def main() -> None:
+        """What a process of `Ahead` does."""
+        signal.alarm(Ahead.SECONDS)
+        os.nice(5)
+        job = json.loads(sys.argv[2])
+        Hollow(job).compile_call(job["call"])
 
-        class Compiled(Exception):
-            pass
+    def compile_call(self, call: list[int] | None) -> None:
+        """The graphs of a training call, both ways, or of one of validation, into the caches."""
+        m, d = self.cfg.model, self.cfg.data
+        shape = call or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
+        with self.fake, self.world.device:
+            tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+            targets = torch.empty(shape, dtype=torch.int64)
+            h, pairs = (torch.empty(*shape, m.d_model, dtype=self.dtype) for _ in range(2))
+            window = torch.empty(2, dtype=torch.int32)
+            limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
+        pairs = () if self.ngram is None else (pairs.requires_grad_(),)
+        with torch.set_grad_enabled(call is not None):
+            if pairs:
+                into_caches(self.ngram.lookup, tokens, docs)
+            into_caches(self.model, tokens, docs, limits if self.fa4 else window, *pairs)
+            if self.pointer is not None:
+                h.requires_grad_(call is not None)
+                into_caches(self.model.pointer, h, tokens, docs, targets)
 
-        def no_call(*_):
-            raise Compiled
 
-        def backend(graph, inputs):
-            with functorch.patch(force_non_lazy_backward_lowering=True):  # or the first call does
-                compile_fx(graph, inputs)
-            return no_call
-
-        with contextlib.suppress(Compiled):
-            torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)(*args)
+class Compiled(Exception):
+    """In the place of a call."""
 
 
-def compile_alone(text: str) -> None:
-    """What a process of `Ahead` does, for one call. Fails loudly: the warm-up tells."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def into_caches(function: Callable, *args) -> None:
+    """Compiles a graph, and its way back, too, which else would wait for its first use."""
+    functorch = importlib.import_module("torch._functorch.config")
+    inductor = importlib.import_module("torch._inductor.compile_fx")
 
-    signal.alarm(AHEAD_SECONDS)
-    os.nice(5)
-    job = json.loads(text)
-    cfg = config_from_flat(job["config"])
-    if cfg.run.deterministic:
-        be_deterministic()
-    if job["device"] != "cpu":
-        torch.cuda.set_device(job["device"])
-    train, d = job["call"] is not None, cfg.data
-    shape = job["call"] or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(job["device"]):
-        trainer = Hollow(job)
-        tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
-        targets = torch.empty(shape, dtype=torch.int64)
-        h, pairs = (torch.empty(*shape, cfg.model.d_model, dtype=trainer.dtype) for _ in range(2))
-        window = torch.empty(2, dtype=torch.int32)
-        limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
-    pairs = () if trainer.ngram is None else (pairs.requires_grad_(),)
-    with torch.set_grad_enabled(train):
-        if pairs:
-            trainer.compile(trainer.ngram.lookup, tokens, docs)
-        trainer.compile(trainer.model, tokens, docs, limits if trainer.fa4 else window, *pairs)
-        if trainer.pointer is not None:
-            trainer.compile(trainer.model.pointer, h.requires_grad_(train), tokens, docs, targets)
+    def no_call(*_):
+        raise Compiled
+
+    def backend(graph, inputs):
+        with functorch.patch(force_non_lazy_backward_lowering=True):
+            inductor.compile_fx(graph, inputs)
+        return no_call
+
+    with contextlib.suppress(Compiled):
+        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*args)
 
 
 @torch.no_grad()
