@@ -3720,6 +3720,7 @@ class Ahead:
     """
 
     SECONDS = 600  # that one lives at most, an orphan too
+    PATIENCE = 1.0  # of the time that the warm-up has taken: so long it waits for one more
 
     def __init__(self, trainer: Trainer, calls: list[tuple[int, int]]):
         self.children: dict[tuple[int, int] | None, subprocess.Popen] = {}
@@ -3747,15 +3748,15 @@ class Ahead:
         print(f"warning: {call or 'validation'} not compiled ahead: {why}", file=sys.stderr)
 
     def wait(self, call: tuple[int, int] | None) -> None:
-        """Until that call's graphs are there. Who takes twice as long as the warm-up did until now
-        is not waited for, and nobody where it found in the caches all that it needed."""
+        """Until that call's graphs are there, or patience ends; for nobody where the first graph
+        was in the caches already."""
         if call in self.children and self.missed() == self.misses:
             self.close()
         child = self.children.get(call)
         if child is None:
             return
         try:
-            child.wait(time.monotonic() - self.began)
+            child.wait(self.PATIENCE * (time.monotonic() - self.began))
         except subprocess.TimeoutExpired:
             child.kill()
         if child.wait():
