@@ -158,7 +158,7 @@ class ModelConfig:
         False, "into the last block and the head: token-wise shares of earlier outputs (record 81)"
     )
     copy: bool = knob(
-        False, "a pointer to the last 2,048 tokens of the document, mixed with the head's softmax"
+        False, "a pointer to the document's last 2,048 tokens (in use 16,384), beside the softmax"
     )
     bias: bool = knob(False, "biases in projections (variants/gpt2.py)")
 
@@ -3727,6 +3727,8 @@ class Ahead:
         run, world = trainer.cfg.run, trainer.world
         if not (run.compile and run.compile_ahead) or trainer.hooks.model is not None:
             return
+        if trainer.compile_s:  # it warms up again, after `park`: all is compiled
+            return
         self.began, self.misses = time.monotonic(), self.missed()
         job = {"config": trainer.cfg.flat(), "kernels": trainer.kernels}
         job |= {"device": str(world.device), "rank": world.rank, "size": world.size}
@@ -3973,6 +3975,7 @@ class Trainer:
         self.model.load_state_dict(self.new_model().state_dict())
         self.optimizer.reset()
         self.head.left_out.zero_()
+        self.look_back(COPY_BAND)  # an evaluation may have failed
 
     def park(self) -> None:
         """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
@@ -4046,7 +4049,7 @@ class Trainer:
         if not (self.graphed and self.fa4):
             return
         wanted = {(*self.call_shape(s.tokens), s.candidates, s.window) for s in self.steps}
-        missing = sorted(wanted - {key[:4] for key in self.calls})
+        missing = sorted(wanted - {key[:4] for key in self.calls if key[5] == self.documents})
         if missing:
             self.announce(f"{len(missing)} graphs of other windows")
             stream = stream or TokenStream(self.corpus.splits["train"], self.corpus.eot)

@@ -33,7 +33,7 @@ def inverse_rms(x32):
 
 def norm_and_kept(x):
     """norm(x), and x made of it again: what the trainer keeps of its residual stream. In fp32 it is
-    x; in bfloat16 it is rounded once more."""
+    x but for the last bit; in bfloat16 it is rounded once more."""
     x32 = x.float()
     root = inverse_rms(x32)
     h = (x32 * root).to(x.dtype)

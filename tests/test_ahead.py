@@ -18,10 +18,11 @@ from torch._subclasses import FakeTensor
 CALLS = [(16, 32), (8, 32), (16, 32)]
 
 
-def ahead(hooks: T.Hooks | None = None, **changes) -> T.Ahead:
+def ahead(hooks: T.Hooks | None = None, compile_s: float = 0.0, **changes) -> T.Ahead:
     """For two shapes of training calls and validation, of a trainer that has nothing else."""
     cfg = H.tiny("data", "out", **{"compile": True, "compile_ahead": True, **changes})
     rest = {"hooks": hooks or T.Hooks(), "kernels": {}, "world": T.World(torch.device("cpu"))}
+    rest["compile_s"] = compile_s
     return T.Ahead(SimpleNamespace(cfg=cfg, **rest), CALLS)
 
 
@@ -45,6 +46,7 @@ def test_one_process_for_each_later_call_and_none_where_it_is_off(stand_in):
     assert not one.children
     assert not ahead(compile_ahead=False).children
     assert not ahead(compile=False).children
+    assert not ahead(compile_s=9.0).children, "a second warm-up, after park, finds all compiled"
 
 
 def test_a_users_model_is_compiled_by_the_run_alone(stand_in):

@@ -133,7 +133,7 @@ def own_modules_cache(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def short_band():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "COPY_BAND", BAND)
+        patch.setattr(T, "COPY_REACH", BAND)
         yield
 
 
