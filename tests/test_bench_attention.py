@@ -247,6 +247,7 @@ def test_too_large_is_a_reason(monkeypatch):
 # ---- rows that fail -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_report(tmp_path, capsys):
     """A case without a kernel is a row with its reason, and the next one is measured."""
     pytest.importorskip("transformers")

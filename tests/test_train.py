@@ -38,10 +38,10 @@ def learn(data, out, arm) -> tuple[T.Trainer, float, float]:
     "arm",
     [
         "softmax",
-        "diff_v1",
+        pytest.param("diff_v1", marks=pytest.mark.long),
         "diff_v2",
         *(pytest.param(a, marks=pytest.mark.long) for a in (*H.FORMS, "diff_v2,form=light+")),
-        "selective",
+        pytest.param("selective", marks=pytest.mark.long),
         pytest.param("diff_v2,selective=true,selector=own", marks=pytest.mark.long),
         f"{H.ARMS / 'temperature.py'}:Temperature",
     ],
