@@ -1210,15 +1210,19 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / RMS(x) [..., 1], as `norm` has it of an x in fp32 or wider."""
+    return (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+
+
 class NormKeep(torch.autograd.Function):
     """`norm` of x, and x as h x RMS: the residual stream is then kept as h alone, which a product
     keeps for its weights' gradient anyway, and neither way needs x in memory. h is as fine as x."""
 
     @staticmethod
     def forward(ctx, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x32 = x.to(wide)
-        root = (x32.square().mean(-1, keepdim=True) + torch.finfo(wide).eps).rsqrt()
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        root = inverse_rms(x32)
         h = (x32 * root).to(x.dtype)
         ctx.save_for_backward(h, root)
         return h, (h / root).to(x.dtype)
@@ -1285,7 +1289,7 @@ class NormTurn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, dtype):
-        root = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        root = inverse_rms(x)
         # Flat before the last product: FlexAttention wants what it reads as an operation made it.
         y = (turn(x, cos, sin).flatten(1, -3) * root.flatten(1, -3)).to(dtype)
         ctx.save_for_backward(y, root, cos, sin)
@@ -2309,28 +2313,25 @@ def init_parameters(model: nn.Module, seed: int) -> None:
     """Starts every parameter from a generator of its own, seeded by `seed` and its *name*, so that
     tensors that two arms share start byte-identical; `starts_as` is the name of one to equal. A
     parameter without `init` (a user's plain module) keeps the value that it was built with."""
-    with ThreadPoolExecutor() as pool:  # one generator draws on one core
-        named = [(n, p) for n, p in model.named_parameters() if getattr(p, "init", None)]
-        list(pool.map(lambda item: init_parameter(*item, seed), named))
-
-
-@torch.no_grad()
-def init_parameter(name: str, p: nn.Parameter, seed: int) -> None:
-    kind, *args = p.init
-    name = getattr(p, "starts_as", name)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    value = torch.empty(p.shape)
-    if kind == "normal":
-        value.normal_(0, args[0], generator=gen)
-    elif kind == "uniform":
-        bound = 3**0.5 * args[0]
-        value.uniform_(-bound, bound, generator=gen)
-    elif kind == "columns":
-        value.copy_(torch.tensor(args).expand(p.shape))
-    else:
-        value.fill_(0.0 if kind == "zeros" else args[0])
-    p.copy_(value)
+    for name, p in model.named_parameters():
+        if getattr(p, "init", None) is None:
+            continue
+        kind, *args = p.init
+        name = getattr(p, "starts_as", name)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        gen = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        value = torch.empty(p.shape)
+        if kind == "normal":
+            value.normal_(0, args[0], generator=gen)
+        elif kind == "uniform":
+            bound = 3**0.5 * args[0]
+            value.uniform_(-bound, bound, generator=gen)
+        elif kind == "columns":
+            value.copy_(torch.tensor(args).expand(p.shape))
+        else:
+            value.fill_(0.0 if kind == "zeros" else args[0])
+        with torch.no_grad():
+            p.copy_(value)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
