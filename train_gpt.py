@@ -341,7 +341,21 @@ PARTS = {
 FLAGS = {f.name: (part, f) for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
 
 PRESETS: dict[str, dict] = {
-    "speedrun": {"require_gpu": True},
+    "speedrun": {  # for one H100; each idea in LAB_LOG, 2026-11-27 and 28
+        **{"normuon": 0.95, "cautious_wd": 1.2, "cautious_adam_wd": 0.005, "matrix_lr": 0.023},
+        **{"head_betas": (0.5, 0.95), "value_betas": (0.75, 0.95), "scalar_betas": (0.9, 0.99)},
+        **{"adam_every": 2, "tail": 0.25, "cooldown": 0.6, "lr_floor": 0.15, "tie": True},
+        **{"smear": True, "shifted_cap": True, "xsa": True, "copy": True, "ngram": 8_388_608},
+        **{"value_layers": (0, 1, 8, 9, 10), "value_gate": True},
+        **{"key_offset": True, "paired": (1, 2, 5, 9), "qk_dim": 64},
+        "stages": (
+            Stage(0.4, 32_768, 0.7, (128, 768), 10_240),
+            Stage(0.6, 65_536, 1.0, (768, 1792), 14_336),
+        ),
+        **{"most_tokens": 144_179_200, "ext_window": 0},
+        **{"mlp_fp8": "both", "cuda_graphs": True, "require_gpu": True},
+    },
+    "r28": {"require_gpu": True},  # about record 28's, and what every knob's default is
     "plain": {"require_gpu": True, "gate": False, "value_tables": 0},
     "gpu24": {"require_gpu": True, "micro_batch_tokens": 16_384, "val_call_tokens": 65_536}
     | {"val_row_tokens": 65_536},
@@ -405,6 +419,11 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
     name, keys = parse_arm(cfg.model.arm)
     cfg = cfg.with_(**keys)
     m = cfg.model
+    given = {*changes, *keys}  # what a preset alone has and an arm cannot have is left out
+    if name != "softmax" and "paired" not in given:
+        cfg = cfg.with_(paired=tuple(i for i in m.paired if i not in arm_layers(m)))
+    if name not in ("softmax", "selective", "diff_v2") and "qk_dim" not in given:
+        cfg = cfg.with_(qk_dim=0)
     if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
         # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
         # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.

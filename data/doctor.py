@@ -38,10 +38,13 @@ TORCH = ((2, 11), (2, 13))  # first and last version that the GPU code runs on
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SHARD_MAGIC, HEADER_BYTES = 20240520, 256 * 4
 OLDEST = 8.0  # compute capability: BF16 tensor cores
-# (MiB of the card, preset, tokens a kernel call): at 65,536 the softmax arm allocates 36e9 bytes
-# and the differential ones 40e9, so that a 40 GB card needs the smaller calls.
+# (MiB of the card, preset, tokens a kernel call): at 65,536 the speedrun has 56e9 bytes of a
+# card, r28's softmax arm 36e9 and the differential ones 40e9: a 40 GB card needs smaller calls.
 GPU24_MICRO = 16_384  # what preset gpu24 has
-FITS = ((44_000, "speedrun", 65_536), (20_000, "gpu24", GPU24_MICRO), (0, "gpu24", 8_192))
+FITS = (
+    *((64_000, "speedrun", 65_536), (44_000, "r28", 65_536)),
+    *((20_000, "gpu24", GPU24_MICRO), (0, "gpu24", 8_192)),
+)
 OK, WARN, MISSING = "OK", "warn", "missing"
 
 
@@ -357,7 +360,7 @@ def plan(how: str, words: list[str]) -> list[str]:
     if d.main == "demo":
         raise InputError(f"the speedrun cannot run, {d.why}: {d.fix}")
     n = count_gpus(args.gpus, d.gpus)
-    line = ["--preset", args.preset] if args.preset else fit_flags(d)
+    line = ["--preset", args.preset] if args.preset else fit_flags(d, n)
     line += ["--data", args.data or shown(MAIN_TOKENS)]
     if n > 1 and not args.run_id and not args.resume:  # to find its exit.json
         args.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{line[1]}_{n}gpus"
@@ -367,10 +370,15 @@ def plan(how: str, words: list[str]) -> list[str]:
     return ["speedrun", str(n), tokens, script, str(run_folder(args)), *line, *rest]
 
 
-def fit_flags(d: Decision) -> list[str]:
-    """The flags of the preset that fits the card."""
+def preset_for(d: Decision, n: int) -> str:
+    """The preset that fits the card; the speedrun's steps are for one GPU, r28's for eight."""
+    return "r28" if n > 1 and d.preset == "speedrun" else d.preset
+
+
+def fit_flags(d: Decision, n: int) -> list[str]:
+    """The flags of that preset on n GPUs."""
     smaller = ["--micro-batch-tokens", str(d.micro)] if d.micro < GPU24_MICRO else []
-    return ["--preset", d.preset, *smaller]
+    return ["--preset", preset_for(d, n), *smaller]
 
 
 # ---- the doctor's list --------------------------------------------------------------------------
@@ -535,7 +543,8 @@ def explain(decision: Decision) -> str:
             else decision.fix
         )
     untested = ", not tried on so small a card" if decision.micro < GPU24_MICRO else ""
-    flags = f"--preset {decision.preset} --micro-batch-tokens {decision.micro}{untested}"
+    preset = preset_for(decision, decision.gpus)
+    flags = f"--preset {preset} --micro-batch-tokens {decision.micro}{untested}"
     return f"speedrun, because: {decision.why}. What fits the memory: {flags}"
 
 

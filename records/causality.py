@@ -34,7 +34,7 @@ class NoPower(ValueError):
 def check_causal(
     arm: str,
     overrides: dict | None = None,
-    preset: str = "speedrun",
+    preset: str = "r28",
     make_model: Callable[[T.Config, int, torch.dtype], torch.nn.Module] | None = None,
     seed: int = 0,
 ) -> dict[str, int]:

@@ -418,14 +418,14 @@ def test_narrow_queries_and_keys_halve_the_work_on_scores():
     ],
 )
 def test_heads_at_768(arm, heads, queries, kv):
-    _, model = full_size(arm, "speedrun")
+    _, model = full_size(arm, "r28")
     a = model.blocks[0].attn.arm
     assert (a.heads, a.q.weight.size(0), a.v.weight.size(0)) == (heads, queries, kv)
     assert a.n_out == model.blocks[0].attn.o.weight.size(1) == heads * 128
     assert {t.size(1) for t in model.values} == {kv}
 
 
-@pytest.mark.parametrize("preset", ["speedrun", "plain"])
+@pytest.mark.parametrize("preset", ["r28", "plain"])
 @pytest.mark.parametrize("layers", ["", ",layers=0+4+11"])
 @pytest.mark.parametrize("qk_dim", [0, 64, 32])
 def test_light_plus_has_softmaxs_active_parameters(preset, layers, qk_dim):

@@ -10,7 +10,7 @@ from records import causality
 from records.causality import NoPower, NotCausal, check_causal
 
 T = H.T
-PRESETS = ("speedrun", "demo", "plain")  # plain is speedrun with less
+PRESETS = ("r28", "demo", "plain")  # plain is r28 with less
 ARMS = (
     *H.BUILT_IN,
     "diff_v2,window2=7",
@@ -41,7 +41,14 @@ def test_arm_is_causal(arm, preset):
     assert done == {"positions": 8, "documents": 7, "rows": 2, "window": 2 * layers}
 
 
-@pytest.mark.parametrize("preset, qk_dim", [("speedrun", 64), ("demo", 16)])
+@pytest.mark.parametrize(
+    "arm", ["softmax", "softmax,xsa=true", "diff_v2,form=light+", "diff_v2,form=full,layers=0+4+11"]
+)
+def test_the_speedrun_is_causal(arm):
+    check_causal(arm, preset="speedrun")
+
+
+@pytest.mark.parametrize("preset, qk_dim", [("r28", 64), ("demo", 16)])
 @pytest.mark.parametrize(
     "arm",
     [
@@ -58,7 +65,7 @@ def test_other_settings():
     check_causal("diff_v2", {"half_rope": False, "x0": False, "skip": (), "backout": -1})
 
 
-@pytest.mark.parametrize("preset", ["speedrun", "demo"])
+@pytest.mark.parametrize("preset", ["r28", "demo"])
 @pytest.mark.parametrize(
     "name, message",
     [

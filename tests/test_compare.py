@@ -204,7 +204,7 @@ def test_a_parked_trainer_leaves_the_gpu_to_others(tmp_path):
     data = H.write_corpus(tmp_path / "d", splits, vocab=50_257, eot=50_256)
     small = {"val_row_tokens": 16_384, "val_call_tokens": 65_536, "looks": 0, "final_val": False}
     small |= {"data": str(data), "out": str(tmp_path), "save_final": False}
-    trainer = T.Trainer(T.make_config("speedrun", tokens=131_072 * 2, **small))
+    trainer = T.Trainer(T.make_config("r28", tokens=131_072 * 2, **small))
     trainer.run()
     busy = torch.cuda.memory_reserved()
     trainer.park()
@@ -607,7 +607,7 @@ def matrix_parameters(arm: str, preset: str, **changes) -> int:
     "preset, arm, control",
     [
         ("plain", "diff_v2,form=full", "softmax,mlp=3456"),
-        ("speedrun", "diff_v2,form=full,layers=0+4+11", "softmax,mlp=3456,mlp_layers=0+4+11"),
+        ("r28", "diff_v2,form=full,layers=0+4+11", "softmax,mlp=3456,mlp_layers=0+4+11"),
         ("plain", "diff_v2,form=full,window2=128,qk_norm=false", "softmax,mlp=3456,qk_norm=false"),
         ("plain", "diff_v2,form=full,mlp=1024", "softmax,mlp=1408"),
         ("plain", "diff_v2,form=full,qk_dim=64", "softmax,mlp=3264,qk_dim=64"),

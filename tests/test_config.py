@@ -36,7 +36,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--unknown-flag", "3"], ["unknown flag '--unknown-flag'", "stray word '3'"]),
         (["--look", "3"], ["unknown flag '--look'"]),  # no abbreviations
         (["hello"], ["stray word 'hello'"]),
-        (["--preset", "nope"], ["no preset 'nope'", "speedrun, plain, gpu24, demo"]),
+        (["--preset", "nope"], ["no preset 'nope'", "speedrun, r28, plain, gpu24, demo"]),
         (["--looks", "many"], ["--looks 'many' is no int"]),
         (["--matrix-lr", "fast"], ["--matrix-lr 'fast' is no float"]),
         (["--matrix-lr", "nan"], ["--matrix-lr nan must be >= 0 and finite"]),
@@ -252,7 +252,7 @@ def test_an_old_run_is_not_written_over(text_data, tmp_path, capsys):
 @pytest.mark.parametrize("preset", T.PRESETS)
 @pytest.mark.parametrize("arm", [*H.BUILT_IN, "diff_v2,form=full,layers=0+2,window2=64"])
 def test_flat_round_trip(preset, arm):
-    cfg = T.make_config(preset, arm=arm, seed=3, lambda_bias=-1.5, vocab=257)
+    cfg = T.make_config(preset, arm=arm, seed=3, lambda_bias=-1.5, xsa=False, vocab=257)
     flat = cfg.flat()
     assert set(flat) == {"preset", *T.FLAGS}
     assert T.config_from_flat(json.loads(json.dumps(flat))) == cfg
@@ -316,10 +316,10 @@ def test_the_command_line_is_the_config():
 
 def test_an_arm_may_carry_settings_of_the_optimizer():
     """What compare's ablations are made of; the arm's own keys win over flags."""
-    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,bigram=640,fp8=false", "--normuon", "0.5"])
-    assert (cfg.optim.normuon, cfg.model.bigram, cfg.run.fp8) == (0.95, 640, False)
+    cfg = T.parse_args(["--arm", "softmax,normuon=0.9,ngram=640,fp8=false", "--normuon", "0.5"])
+    assert (cfg.optim.normuon, cfg.model.ngram, cfg.run.fp8) == (0.9, 640, False)
     assert T.config_from_flat(cfg.flat()) == cfg
-    plain = T.parse_args(["--bigram", "640", "--no-fp8", "--normuon", "0.95"])
+    plain = T.parse_args(["--ngram", "640", "--no-fp8", "--normuon", "0.9"])
     assert cfg.with_(arm="softmax") == plain
     with pytest.raises(T.InputError, match="'tokens=5' is no key=value of model or optimizer"):
         T.parse_args(["--arm", "softmax,tokens=5"])
@@ -393,9 +393,9 @@ def test_plan_steps(shares, data, budget, cooldown, warmup, floor):
             assert abs(order.count(k) - table[k].share * total) <= 1.001
 
 
-def test_the_speedrun_schedule():
+def test_the_schedule_of_r28():
     """Stage boundaries, windows, lr and momentum at the steps that matter."""
-    cfg = T.make_config("speedrun", momentum_warmup=300, momentum_cooldown=50)
+    cfg = T.make_config("r28", momentum_warmup=300, momentum_cooldown=50)
     budget = 157_286_400
     steps = T.plan_steps(cfg, budget)
     assert len(steps) == 600 and sum(s.tokens for s in steps) == budget
@@ -414,6 +414,49 @@ def test_the_speedrun_schedule():
     assert steps[0].momentum == pytest.approx(0.85)
     assert steps[300].momentum == pytest.approx(0.95) == steps[549].momentum
     assert steps[-1].momentum == pytest.approx(0.85)
+
+
+def test_the_speedrun():
+    """Its whole budget: steps, windows and classes of the loss, rates, and what is averaged."""
+    cfg = T.make_config("speedrun")
+    budget = cfg.schedule.most_tokens
+    steps = T.plan_steps(cfg, budget)
+    assert len(steps) == 2750 and sum(s.tokens for s in steps) == budget == 144_179_200
+    assert {(s.stage, s.tokens, s.candidates) for s in steps} == {
+        *[(0, 32_768, 10_240), (1, 65_536, 14_336)],
+    }
+    ends = [steps[i] for i in (0, 1099, 1100, -1)]
+    assert [s.window for s in ends] == [128, 768, 768, 1792]
+    assert [s.lr for s in ends[:3]] == [0.7, 0.7, 1.0]
+    assert steps[-1].lr == pytest.approx(0.15, abs=1e-3)
+    assert sum(s.adam for s in steps) == 1375 and sum(s.sample for s in steps) == 172
+
+
+@pytest.mark.parametrize(
+    "arm, paired, qk_dim",
+    [
+        ("softmax", (1, 2, 5, 9), 64),
+        ("softmax,paired=2,qk_dim=0", (2,), 0),
+        ("diff_v2", (), 64),
+        ("diff_v2,form=light+", (), 64),
+        ("diff_v2,form=full,layers=0+4+11", (1, 2, 5, 9), 64),
+        ("diff_v1,xsa=false", (), 0),
+        (f"{H.ARMS / 'temperature.py'}:Temperature", (), 0),
+        (f"{H.ARMS / 'temperature.py'}:Temperature,qk_dim=64", (), 64),
+    ],
+)
+def test_what_of_the_speedrun_an_arm_cannot_have(arm, paired, qk_dim):
+    """Is left out where the preset alone says it, and refused where the user does."""
+    cfg = T.make_config("speedrun", arm=arm)
+    assert (cfg.model.paired, cfg.model.qk_dim) == (paired, qk_dim)
+    assert T.check_config(cfg) == []
+    assert T.config_from_flat(json.loads(json.dumps(cfg.flat()))) == cfg
+
+
+@pytest.mark.parametrize("arm, said", [("diff_v2,paired=1", "--paired"), ("diff_v1", "--xsa")])
+def test_what_an_arm_cannot_have_is_refused_where_it_is_asked_for(arm, said):
+    (problem,) = T.check_config(T.make_config("speedrun", arm=arm))
+    assert problem.startswith(said)
 
 
 def test_warm_up_of_the_rate():

@@ -161,7 +161,7 @@ def fa4_config(text_data, tmp_path, run_id: str, **changes):
 
 def test_fa4_as_without(plain_fa4, text_data, tmp_path):
     """A graph for each window that a shape has, all of them before the clock starts."""
-    assert T.check_config(T.make_config("speedrun", attention="fa4", cuda_graphs=True)) == []
+    assert T.check_config(T.make_config("r28", attention="fa4", cuda_graphs=True)) == []
     _, want, none = trained(fa4_config(text_data, tmp_path, "plain"), False)
     trainer = trainer_of(fa4_config(text_data, tmp_path, "graphed"), True)
     trainer.warm_up()

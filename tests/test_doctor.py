@@ -278,6 +278,7 @@ def test_words_of_the_user_win(machine, main_tokens, tmp_path):
     "card, flags",
     [
         (H100, ["--preset", "speedrun"]),
+        ("NVIDIA L40S, 46068, 8.9, 5", ["--preset", "r28"]),
         ("NVIDIA A100-SXM4-40GB, 40960, 8.0, 5", ["--preset", "gpu24"]),
         ("NVIDIA GeForce RTX 4090, 24564, 8.9, 5", ["--preset", "gpu24"]),
         (
@@ -312,7 +313,7 @@ def test_asked_gpus(machine, main_tokens, monkeypatch):
 def test_run_folder_of_several_gpus(machine, main_tokens):
     machine(H100, H100)
     *_, run, line = plan()
-    assert run == f"runs/{line[line.index('--run-id') + 1]}" and run.endswith("_speedrun_2gpus")
+    assert run == f"runs/{line[line.index('--run-id') + 1]}" and run.endswith("_r28_2gpus")
     for resume in ("some/run", "some/run/ckpt/step_00000010"):
         *_, run, line = plan("--resume", resume)
         assert run == "some/run" and "--run-id" not in line

@@ -359,7 +359,7 @@ def trainer_config(folder: Path, **changes) -> T.Config:
     data |= {"val_row_tokens": 16_384, "val_call_tokens": 32_768}
     rest = {"stages": stages, "tokens": STEPS * 65_536, "ext_window": 1536, "looks": 2}
     rest |= {"out": str(folder / "runs"), "run_id": "first", "save_final": False}
-    return T.make_config("speedrun", **{**model, **data, **rest, **changes})
+    return T.make_config("r28", **{**model, **data, **rest, **changes})
 
 
 SIZES = {"train": 800_000, "dev": 100_000, "val": 100_000}

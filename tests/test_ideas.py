@@ -44,7 +44,7 @@ ACTS_AT_ONCE = {"key offset", "value layers", "single activation", "tie"}
 
 
 def build(random: bool = True, **changes) -> T.GPT:
-    cfg = T.make_config("speedrun", **{**SMALL, "require_gpu": False, **changes})
+    cfg = T.make_config("r28", **{**SMALL, "require_gpu": False, **changes})
     assert not T.check_config(cfg)
     model = T.GPT(cfg.model, 64)
     T.init_parameters(model, 0)
@@ -255,7 +255,7 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused(flag, changes):
-    assert any(flag in p for p in T.check_config(T.make_config("speedrun", **changes)))
+    assert any(flag in p for p in T.check_config(T.make_config("r28", **changes)))
 
 
 # ---- smear --------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_value_layers():
     assert slots == [None, 1, None, 0] and len(model.values) == 2
     for off, message in (((7,), "--value-layers"), ((2,), "--value-layers")):
         changes = {**SMALL, "value_layers": off, "no_attention": (2,)}
-        assert any(message in p for p in T.check_config(T.make_config("speedrun", **changes)))
+        assert any(message in p for p in T.check_config(T.make_config("r28", **changes)))
 
 
 # ---- the shifted cap ----------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_a_small_embedding_survives_its_norm_in_bfloat16():
 
 
 def test_tied_plan():
-    cfg = T.make_config("speedrun", tie=True)
+    cfg = T.make_config("r28", tie=True)
     steps = T.plan_steps(cfg, 50_000_000)
     tied = [s.tied for s in steps]
     assert sum(tied) == round(len(steps) * 2 / 3) and all(tied[: sum(tied)])

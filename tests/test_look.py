@@ -28,7 +28,7 @@ SPEEDRUN = {**SMALL, "no_attention": (), "backout": -1, "skip": (), "value_table
 TEMPERATURE = f"{H.ARMS / 'temperature.py'}:Temperature"
 
 
-def config(preset="speedrun", **changes) -> T.Config:
+def config(preset="r28", **changes) -> T.Config:
     small = SMALL if preset == "gpt2" else SPEEDRUN
     return T.make_config(preset, **{**small, "vocab": H.BYTE_VOCAB, "row_tokens": 64, **changes})
 
@@ -44,7 +44,7 @@ def model_of(cfg: T.Config) -> T.GPT:
     return model.eval()
 
 
-def checkpoint(folder, preset="speedrun", **changes):
+def checkpoint(folder, preset="r28", **changes):
     """A run folder with a checkpoint of a random model."""
     cfg = config(preset, **changes)
     meta = {"schema": T.SCHEMA, "step": 8, "steps": 8, "tokens": 4096, "window": 128}
@@ -111,13 +111,13 @@ def naive_layer(model, layer: int, x):
 @pytest.mark.parametrize(
     "preset, arm",
     [
-        *(("speedrun", arm) for arm in H.BUILT_IN),
-        ("speedrun", "diff_v2,window2=5"),
-        ("speedrun", "diff_v2,layers=1"),
-        ("speedrun", "diff_v1,head_dim=128"),  # q and k of 64, values of 128
-        ("speedrun", "softmax,no_attention=1"),
-        ("speedrun", "softmax,head_dim=32,qk_dim=16"),
-        ("speedrun", "diff_v2,head_dim=32,qk_dim=16"),
+        *(("r28", arm) for arm in H.BUILT_IN),
+        ("r28", "diff_v2,window2=5"),
+        ("r28", "diff_v2,layers=1"),
+        ("r28", "diff_v1,head_dim=128"),  # q and k of 64, values of 128
+        ("r28", "softmax,no_attention=1"),
+        ("r28", "softmax,head_dim=32,qk_dim=16"),
+        ("r28", "diff_v2,head_dim=32,qk_dim=16"),
         ("gpt2", "diff_v2"),
         ("gpt2", "diff_v1"),
     ],

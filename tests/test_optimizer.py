@@ -277,7 +277,7 @@ def test_gradients_land_in_the_bank(backend):
 
 
 @pytest.mark.parametrize("arm", H.BUILT_IN)
-@pytest.mark.parametrize("preset", ["speedrun", "plain", "demo"])
+@pytest.mark.parametrize("preset", ["r28", "plain", "demo"])
 def test_parameter_groups_cover_every_tag(arm, preset):
     """Every parameter is in exactly one bank; matrices in Muon's, and nothing else."""
     groups = T.parameter_groups(T.OptimConfig())

@@ -197,13 +197,14 @@ def test_several_gpus(door, shell):
     door.gpus(*[H100] * 4)
     door.tokens()
     start = "python -m torch.distributed.run --standalone --nproc-per-node"
-    main = "train_gpt.py --preset speedrun --data data/tokens/fineweb-edu"
+    main = "train_gpt.py --preset r28 --data data/tokens/fineweb-edu"
     (line,) = door.dry(shell=shell)
-    assert line.startswith(f"{start} 4 {main} --run-id ") and line.endswith("_speedrun_4gpus")
+    assert line.startswith(f"{start} 4 {main} --run-id ") and line.endswith("_r28_4gpus")
     for words, env, n in ((["--gpus", "2"], {}, 2), (["--gpus=3"], {}, 3), ([], {"NPROC": "2"}, 2)):
         line = door.dry("speedrun", *words, "--run-id", "r", shell=shell, **env)
         assert line == [f"{start} {n} {main} --run-id r"]
-    assert door.dry("speedrun", "--gpus", "1", shell=shell) == [f"python {main}"]
+    alone = [f"python {main.replace('r28', 'speedrun')}"]
+    assert door.dry("speedrun", "--gpus", "1", shell=shell) == alone
     said = door.run("speedrun", "--gpus", "5", shell=shell)
     assert said.returncode == 2 and "number from 1 to 4" in said.stderr
 

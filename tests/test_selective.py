@@ -283,7 +283,7 @@ def test_what_is_refused(arm, changes, said):
     assert not re.search(r"--\w*_", problems[0])  # flags as the command line has them
 
 
-@pytest.mark.parametrize("preset", ["speedrun", "plain"])
+@pytest.mark.parametrize("preset", ["r28", "plain"])
 @pytest.mark.parametrize("arm", ["selective", "diff_v2,selective=true", "selective,selector=own"])
 def test_what_it_costs(arm, preset):
     """No parameters of its own, unless the selector is one, and no FLOPs that nobody else has."""

@@ -313,7 +313,7 @@ def test_two_ranks_equal_one(text_data, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(changes, said):
-    assert T.check_config(T.make_config("speedrun", **changes)) == [said]
+    assert T.check_config(T.make_config("r28", **changes)) == [said]
 
 
 def test_an_arm_can_have_a_tail():
