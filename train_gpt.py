@@ -352,7 +352,7 @@ PRESETS: dict[str, dict] = {
             Stage(0.4, 32_768, 0.7, (128, 768), 10_240),
             Stage(0.6, 65_536, 1.0, (768, 1792), 14_336),
         ),
-        **{"most_tokens": 144_179_200, "ext_window": 0},
+        **{"most_tokens": 148_111_360, "ext_window": 0},
         **{"mlp_fp8": "both", "cuda_graphs": True, "require_gpu": True},
     },
     "r28": {"require_gpu": True},  # about record 28's, and what every knob's default is
