@@ -288,8 +288,11 @@ def test_what_was_deleted_is_read_where_it_was_off():
     cfg = T.make_config("demo")
     assert T.config_from_flat({**cfg.flat(), **T.DELETED}) == cfg
     assert not set(T.DELETED) & set(T.FLAGS)
-    with pytest.raises(T.InputError, match="the config has mtp True, which was deleted since"):
-        T.config_from_flat({**cfg.flat(), "mtp": True})
+    on = {"mtp": True, "bigram": 192, "token_shares": True, "mudd": True, "attention_from": 8}
+    for name, value in on.items():
+        said = f"the config has {name} {value}, which was deleted since"
+        with pytest.raises(T.InputError, match=said):
+            T.config_from_flat({**cfg.flat(), name: value})
 
 
 def test_the_command_line_is_the_config():
@@ -316,10 +319,10 @@ def test_the_command_line_is_the_config():
 
 def test_an_arm_may_carry_settings_of_the_optimizer():
     """What compare's ablations are made of; the arm's own keys win over flags."""
-    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,bigram=640,fp8=false", "--normuon", "0.5"])
-    assert (cfg.optim.normuon, cfg.model.bigram, cfg.run.fp8) == (0.95, 640, False)
+    cfg = T.parse_args(["--arm", "softmax,normuon=0.95,ngram=640,fp8=false", "--normuon", "0.5"])
+    assert (cfg.optim.normuon, cfg.model.ngram, cfg.run.fp8) == (0.95, 640, False)
     assert T.config_from_flat(cfg.flat()) == cfg
-    plain = T.parse_args(["--bigram", "640", "--no-fp8", "--normuon", "0.95"])
+    plain = T.parse_args(["--ngram", "640", "--no-fp8", "--normuon", "0.95"])
     assert cfg.with_(arm="softmax") == plain
     with pytest.raises(T.InputError, match="'tokens=5' is no key=value of model or optimizer"):
         T.parse_args(["--arm", "softmax,tokens=5"])
