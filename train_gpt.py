@@ -43,7 +43,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,9 +129,6 @@ class ModelConfig:
     x0: bool = knob(True, "x <- a x + b x0 before each block (record 9)")
     skip: tuple[int, ...] = knob((4, 7), "from+to: output of one block joins a later (empty: off)")
     backout: int = knob(7, "block whose output the head subtracts, learned (record 40; -1: off)")
-    attention_from: int = knob(
-        -1, "block whose output all later attention reads (record 77: 8 of 12; -1: off)"
-    )
     value_tables: int = knob(3, "value embeddings, first and last n blocks (record 14; 0: off)")
     smear: bool = knob(False, "a gated share of the embedding of the token before (record 34)")
     value_layers: tuple[int, ...] = knob(
@@ -146,16 +143,8 @@ class ModelConfig:
     paired: tuple[int, ...] = knob(
         (), "softmax layers whose heads see a partner's keys, half as far back (record 58: short)"
     )
-    bigram: int = knob(0, "rows of a table looked up by token pair, 5 x vocab (record 62; 0: off)")
-    bigram_dim: int = knob(0, "its columns, with random signs (record 83; 0: d_model, no signs)")
     ngram: int = knob(
-        0, "rows of a table looked up by pair and triple, instead of that (record 92: many; 0: off)"
-    )
-    token_shares: bool = knob(
-        False, "x0's and the token pair's share in a block follow the token (record 85)"
-    )
-    mudd: bool = knob(
-        False, "into the last block and the head: token-wise shares of earlier outputs (record 81)"
+        0, "rows of a table looked up by pairs and triples of tokens (record 92: many; 0: off)"
     )
     copy: bool = knob(
         False, "a pointer to the document's last 2,048 tokens (in use 16,384), beside the softmax"
@@ -433,7 +422,8 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
-DELETED = {"mtp": False, "fused_update": None}
+DELETED = {"mtp": False, "fused_update": None, "bigram": 0, "bigram_dim": 0}
+DELETED |= {"token_shares": False, "mudd": False, "attention_from": -1}
 
 
 def without_deleted(flat: dict, source: str | Path) -> dict:
@@ -461,7 +451,7 @@ def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
 
 
 LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
-LEAST = {"lambda_bias": -LARGEST, "backout": -1, "attention_from": -1}  # of the others: 0
+LEAST = {"lambda_bias": -LARGEST, "backout": -1}  # of the others: 0
 
 
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
@@ -490,13 +480,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
     check_blocks(m, need)
     check_selective(cfg, need)
-    need(m.bigram or not m.bigram_dim, "--bigram_dim is of the table of --bigram rows")
-    need(m.bigram % 64 == 0, f"--bigram {m.bigram}: rows by 64")
-    need(m.bigram_dim <= m.d_model, f"--bigram_dim {m.bigram_dim}: at most --d_model {m.d_model}")
     fits = m.ngram % 128 == 0 and m.ngram < 2**31
     need(fits, f"--ngram {m.ngram}: rows by 128, fewer than 2^31")
-    both = m.bigram and m.ngram
-    need(not both, "--bigram and --ngram join the blocks in the same way: leave one of them out")
     rotates_half = m.rope and m.half_rope
     need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
@@ -583,16 +568,10 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     for name in (*names, "paired"):
         over = [i for i in getattr(m, name) if not 0 <= i < m.n_layer]
         need(not over, f"--{name} names block {over}, there are 0 to {m.n_layer - 1}")
-    for name in ("backout", "attention_from"):
-        i = getattr(m, name)
-        need(i < m.n_layer, f"--{name} {i}: the last block is {m.n_layer - 1}")
+    need(m.backout < m.n_layer, f"--backout {m.backout}: the last block is {m.n_layer - 1}")
     for name in ("layers", "value_layers", "paired"):
         without = set(getattr(m, name)) & set(m.no_attention)
         need(not without, f"--{name} names blocks of --no_attention")
-    late = m.mudd and m.n_layer - 1 in kept_blocks(m)
-    need(not late, "--mudd: --skip, --backout and --attention_from come before the last block")
-    has_shares = m.x0 or m.bigram or m.ngram or not m.token_shares
-    need(has_shares, "--token_shares are of --x0 and --bigram or --ngram, which are all off")
     skip = not m.skip or (len(m.skip) == 2 and m.skip[0] < m.skip[1])
     need(skip, "--skip is from+to, from < to")
     paired, name = set(m.paired), parse_arm(m.arm)[0]
@@ -1891,11 +1870,6 @@ def mlp_width(cfg: ModelConfig, layer: int) -> int:
     return cfg.mlp if wide else 4 * cfg.d_model
 
 
-def kept_blocks(cfg: ModelConfig) -> list[int]:
-    """Blocks whose output something after the next block reads."""
-    return sorted({*cfg.skip[:1], cfg.backout, cfg.attention_from} - {-1})
-
-
 def padded(vocab: int) -> int:
     """Rows of the head: a multiple of 128 for the tensor cores, of 16 for a vocabulary of bytes."""
     unit = 128 if vocab > 1024 else 16
@@ -1917,27 +1891,6 @@ class Smear(nn.Module):
         return e + share * before(e)
 
 
-class Shares(nn.Module):
-    """n numbers for each token, from an MLP on its state, all 0 at the start (2502.12170; records
-    81 and 85): what a learned scalar says for all tokens, they change for one."""
-
-    def __init__(self, cfg: ModelConfig, n: int):
-        super().__init__()
-        self.up = parameter((64, cfg.d_model), ("uniform", 0.5 * cfg.d_model**-0.5), "shares")
-        self.down = parameter((n, 64), ("zeros",), "shares")
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, T, d] of unit RMS -> n tensors [B, T, 1]."""
-        hidden = F.gelu(F.linear(x, self.up.to(x.dtype)))
-        return (0.1 * F.linear(hidden, self.down.to(x.dtype))).split(1, dim=-1)
-
-    def add(self, x: Tensor, sources: Iterable[Tensor]) -> Tensor:
-        """x [B, T, d] and its shares of as many `sources`."""
-        for share, source in zip(self(norm(x)), sources, strict=True):
-            x = x + share * source
-        return x
-
-
 SIGN_ROWS = 8192
 
 
@@ -1945,44 +1898,6 @@ def random_signs(columns: int) -> Tensor:
     """[SIGN_ROWS, columns] of -1 and 1, int8, always the same."""
     gen = torch.Generator().manual_seed(0)
     return 2 * torch.randint(2, (SIGN_ROWS, columns), generator=gen, dtype=torch.int8) - 1
-
-
-class Bigram(nn.Module):
-    """A table of embeddings for pairs of tokens, which share rows by a hash (record 62).
-
-    `rows`: see `row_of`; the last is for the first token of a document. With `signs` (record 83)
-    fewer columns do: pairs that share a row rarely share their row of random signs, too, so that
-    what they learn adds up to noise of mean zero.
-    """
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.rows = cfg.bigram
-        dim = cfg.bigram_dim or cfg.d_model
-        self.table = parameter((self.rows, dim), ("zeros",), "bigram")
-        self.scale = parameter((cfg.n_layer,), ("constant", 0.1), "scalar")  # of each block's share
-        if cfg.bigram_dim:  # persistent: a checkpoint holds what it drew
-            self.register_buffer("signs", random_signs(dim))
-
-    def row_of(self, tokens: Tensor, last: Tensor, starts: Tensor) -> Tensor:
-        """[B, T] int64, of the pairs (last, token)."""
-        row = ((tokens * 36_313) ^ (last * 27_191)) % (self.rows - 1)
-        return torch.where(starts, self.rows - 1, row)
-
-    def forward(self, tokens: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T], starts as `starts_of` has them -> [B, T, columns of the table]."""
-        tokens = tokens.long()
-        last = torch.where(starts, 0, before(tokens))
-        e = F.embedding(self.row_of(tokens, last, starts), self.table).to(dtype)
-        if hasattr(self, "signs"):
-            e = e * self.signs[(last ^ tokens) % SIGN_ROWS].to(dtype)
-        return e
-
-    def join(self, x: Tensor, pairs: Tensor, layer: int, more: Tensor | float = 0.0) -> Tensor:
-        """x [B, T, d] and a block's share of `pairs`, `more` [B, T, 1] of it for a token, in the
-        columns that there are."""
-        share = (self.scale[layer].to(x.dtype) + more) * pairs
-        return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
 
 
 COPY_DIM = 128
@@ -2085,14 +2000,13 @@ class Pointer(nn.Module):
 
 class Ngram(nn.Module):
     """A table of embeddings for pairs of tokens and, its second half, for triples, so large that
-    few of them share a row (record 92). What does share one has other random signs, as in `Bigram`.
+    few of them share a row (record 92). What does share one rarely shares its row of random signs,
+    too, so that what they learn adds up to noise of mean zero (record 83).
 
     The last row of each half is for tokens with too few before them in their document. The table
     is no parameter: backward gives the gradient of what was looked up, and `RowAdam` updates the
     rows that were. Before training it is None, which stands for zeros and takes no memory.
     """
-
-    join = Bigram.join
 
     def __init__(self, cfg: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -2177,13 +2091,8 @@ class Block(nn.Module):
         self.attn = None if layer in cfg.no_attention else Attention(cfg, layer)
         self.mlp = MLP(cfg, layer)
 
-    def forward(
-        self, x: Tensor, ve: Tensor | None, ctx: Context, source: Tensor | None = None
-    ) -> Tensor:
-        """Attention reads `source` where there is one, x otherwise."""
-        if self.attn is not None and source is not None:
-            x = x + self.attn(norm(source), ve, ctx)
-        elif self.attn is not None:
+    def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+        if self.attn is not None:
             h, x = NormKeep.apply(x)
             x = x + self.attn(h, ve, ctx)
         h, x = NormKeep.apply(x)
@@ -2193,7 +2102,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
     for the head. window: long and short, tokens, int32 on the device; or `Limits`, which ask for
-    FlashAttention-4. pairs [B, T, columns]: what a table has for the tokens; else it is asked."""
+    FlashAttention-4. pairs [B, T, d]: what the n-gram table has for tokens; else it is asked."""
 
     def __init__(self, cfg: ModelConfig, max_length: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -2212,14 +2121,8 @@ class GPT(nn.Module):
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
         tables = len(cfg.value_layers) or cfg.value_tables
         self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
-        self.bigram = Bigram(cfg) if cfg.bigram else None
         self.ngram = Ngram(cfg, dtype) if cfg.ngram else None
         self.smear = Smear() if cfg.smear else None
-        of_block = cfg.x0 + (cfg.bigram > 0 or cfg.ngram > 0)
-        self.shares = Shares(cfg, cfg.n_layer * of_block) if cfg.token_shares else None
-        kept = 2 + len(kept_blocks(cfg))  # and x0 and the state itself
-        mudd = [Shares(cfg, kept) for _ in range(2)] if cfg.mudd else []
-        self.mudd = nn.ModuleList(mudd)  # before the last block, before the head
         self.pointer = Pointer(cfg) if cfg.copy else None
         self.register_rope(2 * max_length if cfg.paired else max_length)
 
@@ -2291,28 +2194,22 @@ class GPT(nn.Module):
         if self.smear is not None:
             x = self.smear(x, starts)
         x = x0 = norm(x)
-        table = self.bigram if self.ngram is None else self.ngram
-        if table is not None and pairs is None:
-            pairs = table(tokens, starts, self.dtype)
+        if self.ngram is not None and pairs is None:
+            pairs = self.ngram(tokens, starts, self.dtype)
         resid, saved = self.resid.to(self.dtype), {}
-        shares = iter(()) if self.shares is None else iter(self.shares(x0))
         for i, block in enumerate(self.blocks):
-            if self.mudd and i == cfg.n_layer - 1:
-                x = self.mudd[0].add(x, (x, x0, *saved.values()))
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
             if cfg.x0:
-                x = resid[i, 0] * x + (resid[i, 1] + next(shares, 0.0)) * x0
-            if table is not None:
-                x = table.join(x, pairs, i, next(shares, 0.0))
+                x = resid[i, 0] * x + resid[i, 1] * x0
+            if self.ngram is not None:
+                x = x + self.ngram.scale[i].to(x.dtype) * pairs
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
-            x = block(x, ve, contexts[i], saved.get(cfg.attention_from))
-            if i in kept_blocks(cfg):
+            x = block(x, ve, contexts[i])
+            if i in (*cfg.skip[:1], cfg.backout):
                 saved[i] = x
-        if self.mudd:
-            x = self.mudd[1].add(x, (x, x0, *saved.values()))
         if cfg.backout >= 0:
             x = x - self.mix[1].to(x.dtype) * saved[cfg.backout]
         return norm(x)
@@ -2362,7 +2259,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         stored += p.numel()
         if ".attn." in name:
             attention += p.numel()
-        if p.ndim == 2 and group not in ("embed", "tied", "value", "bigram", "scalar"):
+        if p.ndim == 2 and group not in ("embed", "tied", "value", "scalar"):
             active += p.numel()
     stored += sum(m.rows * m.dim for m in model.modules() if isinstance(m, Ngram))
     return {"active_matmul": active, "stored": stored, "attention": attention}
@@ -2529,11 +2426,9 @@ def parameter_groups(o: OptimConfig) -> dict[str, Group]:
         "embed": adam(o.embed_lr, o.head_betas, cautious_wd=5 * decay),  # a table by its lr
         "tied": head,  # the embedding under --tie: as the head, also after they part
         "value": adam(o.value_lr, o.value_betas, cautious_wd=5 * decay),
-        "bigram": adam(o.value_lr, (0.75, 0.95), cautious_wd=5 * decay),
         "ngram": adam(o.value_lr, (0.0, 0.95), cautious_wd=5 * decay),  # record 92; see RowAdam
         "scalar": adam(o.scalar_lr, o.scalar_betas, wd=0.0),
         "gate": adam(o.gate_lr, (0.9, 0.99), wd=0.0),
-        "shares": adam(0.25 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 81
         "smear": adam(0.01 * o.gate_lr, (0.9, 0.99), wd=0.0),  # record 52
     }
 

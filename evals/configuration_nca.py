@@ -25,8 +25,7 @@ class NCAConfig(PreTrainedConfig):
         head of its own does it, not the first of each group.
     rotary: "half" of each head (base 1024), "full" (base 10,000) or None.
     softcap: c of c sigmoid(4 z / c), [top, shift, width] of top sigmoid((z + shift) / width), or 0.
-    qk_norm, gate, xsa, bias, x0, skip, backout, smear, bigram, bigram_dim, value_gate,
-    attention_from, token_shares, mudd: as train_gpt.py --help has them.
+    qk_norm, gate, xsa, bias, x0, skip, backout, smear, value_gate: as train_gpt.py --help has them.
     value_tables: their widths.
     ngram: rows of the table for pairs and triples of tokens, or 0; ngram_dtype: their dtype, which
         stays whatever the other weights are loaded as.
@@ -58,12 +57,7 @@ class NCAConfig(PreTrainedConfig):
         backout=-1,
         softcap=30.0,
         smear=False,
-        bigram=0,
-        bigram_dim=0,
         value_gate=False,
-        attention_from=-1,
-        token_shares=False,
-        mudd=False,
         value_tables=(),
         ngram=0,
         ngram_dtype="bfloat16",
@@ -83,9 +77,7 @@ class NCAConfig(PreTrainedConfig):
         self.blocks, self.value_tables = list(blocks), list(value_tables)
         self.qk_norm, self.gate, self.xsa, self.bias = qk_norm, gate, xsa, bias
         self.x0, self.skip, self.backout, self.softcap = x0, list(skip), backout, softcap
-        self.smear, self.bigram, self.bigram_dim = smear, bigram, bigram_dim
-        self.value_gate, self.attention_from = value_gate, attention_from
-        self.token_shares, self.mudd = token_shares, mudd
+        self.smear, self.value_gate = smear, value_gate
         self.ngram, self.ngram_dtype, self.copy_band = ngram, ngram_dtype, copy_band
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.pad_token_id, self.use_cache = pad_token_id, use_cache

@@ -103,8 +103,7 @@ def nca_config(model: T.GPT, meta: dict, eot: int) -> NCAConfig:
         rotary=("half" if cfg.half_rope else "full") if cfg.rope else None,
         **{name: getattr(cfg, name) for name in ("qk_norm", "gate", "xsa", "bias")},
         **{name: getattr(cfg, name) for name in ("x0", "skip", "backout", "smear", "value_gate")},
-        **{name: getattr(cfg, name) for name in ("bigram", "bigram_dim", "attention_from")},
-        **{name: getattr(cfg, name) for name in ("token_shares", "mudd", "ngram")},
+        ngram=cfg.ngram,
         ngram_dtype=str(model.ngram.table.dtype).removeprefix("torch.") if cfg.ngram else None,
         copy_band=int(model.pointer.band) if cfg.copy else 0,
         softcap=model.softcap,
@@ -151,8 +150,6 @@ def nca_state(model: T.GPT) -> dict[str, Tensor]:
         if ".attn." not in name:  # GPT-2's norms say gain
             name_there = names.get(name, f"model.{name.replace('.gain', '.weight')}")
             state[name_there] = p[:vocab] if name in of_tokens else p
-    if model.cfg.bigram_dim:
-        state["model.bigram.signs"] = model.bigram.signs
     if model.cfg.ngram:
         state["model.ngram.signs"] = model.ngram.signs
         if model.ngram.table is not None:

@@ -401,7 +401,7 @@ class MLP(nn.Module):
 
 
 class NCABlock(nn.Module):
-    """x + attention(norm(source)), then x + mlp(norm(x)); source is x, or an earlier block's."""
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, block, slot):
         super().__init__()
@@ -410,10 +410,8 @@ class NCABlock(nn.Module):
         self.attn = ARMS[spec["arm"]](config, block, slot) if spec else None
         self.norm_mlp, self.mlp = make_norm(config), MLP(config, block)
 
-    def forward(self, x, source, *context):
-        if self.attn is not None and source is not x:
-            x = x + self.attn(norm(source), *context)
-        elif self.attn is not None:
+    def forward(self, x, *context):
+        if self.attn is not None:
             h, x = self.branch(self.norm_attn, x)
             x = x + self.attn(h, *context)
         h, x = self.branch(self.norm_mlp, x)
@@ -438,52 +436,9 @@ class Smear(nn.Module):
         return e + torch.where(starts[..., None], 0.0, gate * self.share) * earlier
 
 
-class Shares(nn.Module):
-    """n numbers for each token, from its state."""
-
-    def __init__(self, config, n):
-        super().__init__()
-        self.up = nn.Parameter(torch.zeros(64, config.hidden_size))
-        self.down = nn.Parameter(torch.zeros(n, 64))
-
-    def forward(self, x):
-        return (0.1 * F.linear(F.gelu(F.linear(x, self.up)), self.down)).split(1, dim=-1)
-
-    def add(self, x, sources):
-        for share, source in zip(self(norm(x)), sources, strict=True):
-            x = x + share * source
-        return x
-
-
-class Bigram(nn.Module):
-    """Embeddings of pairs of tokens, which share rows by a hash, each block's share scaled."""
-
-    def __init__(self, config):
-        super().__init__()
-        dim = config.bigram_dim or config.hidden_size
-        self.table = nn.Parameter(torch.zeros(config.bigram, dim))
-        self.scale = nn.Parameter(torch.zeros(len(config.blocks)))
-        if config.bigram_dim:
-            self.register_buffer("signs", torch.ones(8192, dim, dtype=torch.int8))
-
-    def forward(self, tokens, starts, last):
-        rows = self.table.size(0)
-        row = ((tokens * 36_313) ^ (last * 27_191)) % (rows - 1)
-        e = F.embedding(torch.where(starts, rows - 1, row), self.table)
-        if hasattr(self, "signs"):
-            e = e * self.signs[(last ^ tokens) % 8192].to(e.dtype)
-        return e
-
-    def join(self, x, pairs, block, more):
-        share = (self.scale[block].to(x.dtype) + more) * pairs
-        return x + F.pad(share, (0, x.size(-1) - share.size(-1)))
-
-
 class Ngram(nn.Module):
     """A table of embeddings for pairs of tokens and, its second half, for triples, with a row of
     random signs for each. It is a buffer and no parameter: training leaves it as it is."""
-
-    join = Bigram.join
 
     def __init__(self, config):
         super().__init__()
@@ -585,13 +540,7 @@ class NCAModel(NCAPreTrainedModel):
             self.residual_mix = nn.Parameter(torch.tensor([-1.5, 0.5]))  # skip, backout
         self.values = nn.ModuleList(nn.Embedding(config.vocab_size, w) for w in config.value_tables)
         self.smear = Smear() if config.smear else None
-        self.bigram = Bigram(config) if config.bigram else None
         self.ngram = Ngram(config) if config.ngram else None
-        of_block = config.x0 + (config.bigram > 0 or config.ngram > 0)
-        self.shares = Shares(config, len(slots) * of_block) if config.token_shares else None
-        self.kept = sorted({*config.skip[:1], config.backout, config.attention_from} - {-1})
-        mudd = [Shares(config, 2 + len(self.kept)) for _ in range(2)] if config.mudd else []
-        self.mudd = nn.ModuleList(mudd)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -652,28 +601,19 @@ class NCAModel(NCAPreTrainedModel):
         rotary = self.rotary(start, input_ids.size(1), input_ids.device)
         tables = [table(input_ids) for table in self.values]
         x = x0 = self.embedded(input_ids, rows)
-        table = self.bigram if self.ngram is None else self.ngram
         if self.ngram is not None:
             pairs = self.ngram(input_ids, *rows.triples(), x.dtype)
-        elif self.bigram is not None:
-            pairs = self.bigram(input_ids, *rows.pairs())
-        states, source = [x], config.attention_from  # [i + 1]: the output of block i
-        shares = iter(()) if self.shares is None else iter(self.shares(x0))
+        states = [x]  # [i + 1]: the output of block i
         for i, block in enumerate(self.blocks):
             if config.skip and i == config.skip[1]:
                 x = x + torch.sigmoid(self.residual_mix[0]).to(x.dtype) * states[config.skip[0] + 1]
-            if self.mudd and i == len(self.blocks) - 1:
-                x = self.mudd[0].add(x, (x, x0, *(states[j + 1] for j in self.kept)))
             if config.x0:
                 a, b = self.residual[i].to(x.dtype)
-                x = a * x + (b + next(shares, 0.0)) * x0
-            if table is not None:
-                x = table.join(x, pairs, i, next(shares, 0.0))
-            read = states[source + 1] if 0 <= source < i else x
-            x = block(x, read, tables, rotary, rows, config.windows, cache)
+                x = a * x + b * x0
+            if self.ngram is not None:
+                x = x + self.ngram.scale[i].to(x.dtype) * pairs
+            x = block(x, tables, rotary, rows, config.windows, cache)
             states.append(x)
-        if self.mudd:
-            x = self.mudd[1].add(x, (x, x0, *(states[j + 1] for j in self.kept)))
         if config.backout >= 0:
             x = x - self.residual_mix[1].to(x.dtype) * states[config.backout + 1]
         x = self.norm_out(x).to(self.embed.weight.dtype)

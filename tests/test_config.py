@@ -288,8 +288,11 @@ def test_what_was_deleted_is_read_where_it_was_off():
     cfg = T.make_config("demo")
     assert T.config_from_flat({**cfg.flat(), **T.DELETED}) == cfg
     assert not set(T.DELETED) & set(T.FLAGS)
-    with pytest.raises(T.InputError, match="the config has mtp True, which was deleted since"):
-        T.config_from_flat({**cfg.flat(), "mtp": True})
+    on = {"mtp": True, "bigram": 192, "token_shares": True, "mudd": True, "attention_from": 8}
+    for name, value in on.items():
+        said = f"the config has {name} {value}, which was deleted since"
+        with pytest.raises(T.InputError, match=said):
+            T.config_from_flat({**cfg.flat(), name: value})
 
 
 def test_the_command_line_is_the_config():

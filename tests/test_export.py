@@ -38,7 +38,6 @@ GPT2 = {
 }
 IDEAS = {
     **{"smear": True, "key_offset": True, "value_gate": True, "shifted_cap": True},
-    **{"attention_from": 1, "token_shares": True, "mudd": True},
 }
 FAINT = {"score_scale": 0.1}  # or masked tokens would leave nothing to compare
 CASES = {
@@ -52,8 +51,8 @@ CASES = {
     "full rope": ("demo", {"arm": "diff_v2", "half_rope": False, "softcap": 0.0}),
     "no rope": ("demo", {"rope": False, "qk_norm": False, "bias": True, "score_scale": 0.3}),
     "wide head v1": ("demo", {"arm": "diff_v1,layers=1", "n_head": 1, "head_dim": 128}),
-    "ideas": ("demo", {"arm": "diff_v2", "bigram": 192, "bigram_dim": 16, **IDEAS}),
-    "more ideas": ("demo", {"bigram": 192, "value_layers": (1, 3), **IDEAS}),
+    "ideas": ("demo", {"arm": "diff_v2", **IDEAS}),
+    "more ideas": ("demo", {"value_layers": (1, 3), **IDEAS}),
     "paired": ("demo", {"paired": (1, 2)}),
     "copy": ("demo", {"copy": True, "arm": "diff_v2"}),
     "ngram": ("demo", {"ngram": 256, "x0": False}),

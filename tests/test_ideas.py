@@ -21,17 +21,12 @@ SMALL = {
 }
 # What a config says to have an idea, and nothing else.
 IDEAS = {
-    "bigram": {"bigram": 128},
-    "bigram signs": {"bigram": 128, "bigram_dim": 16},
     "ngram": {"ngram": 256},
     "key offset": {"key_offset": True},
     "smear": {"smear": True},
     "value gate": {"value_gate": True},
     "value layers": {"value_layers": (1, 2, 3)},
     "shifted cap": {"shifted_cap": True},
-    "single activation": {"attention_from": 1},
-    "token shares": {"token_shares": True},
-    "mudd": {"mudd": True},
     "tie": {"tie": True},
     "copy": {"copy": True},
 }
@@ -40,7 +35,7 @@ TRAINING |= {"adam every 2": {"adam_every": 2}, "cautious Adam": {"cautious_adam
 TRAINING["betas"] = {"head_betas": (0.5, 0.95), "value_betas": (0.75, 0.95)}
 TRAINING["betas"] |= {"scalar_betas": (0.9, 0.99)}
 # Without a parameter that starts as a no-op.
-ACTS_AT_ONCE = {"key offset", "value layers", "single activation", "tie"}
+ACTS_AT_ONCE = {"key offset", "value layers", "tie"}
 
 
 def build(random: bool = True, **changes) -> T.GPT:
@@ -85,9 +80,7 @@ def test_causal_all_together():
     """At the full depth: blocks without attention, a skip, long layers 0, 4 and 11."""
     changes = {k: v for idea in IDEAS.values() for k, v in idea.items()}
     changes |= {"value_layers": (1, 9, 11), "xsa": True}
-    for table in ("bigram", "ngram"):  # one at a time
-        other = {"bigram": 0, "bigram_dim": 0} if table == "ngram" else {"ngram": 0}
-        check_causal("diff_v2,form=full", changes | other)
+    check_causal("diff_v2,form=full", changes)
 
 
 @pytest.mark.parametrize("idea", [i for i in IDEAS if i not in ACTS_AT_ONCE])
@@ -120,58 +113,6 @@ def test_every_parameter_has_a_group_and_learns(idea, text_data, tmp_path):
         assert T.group_of(name, p) in groups
         if name in new:
             assert not torch.equal(p, fresh[name]), name
-
-
-# ---- bigram -------------------------------------------------------------------------------------
-
-
-def naive_pairs(model, tokens, docs) -> torch.Tensor:
-    """What record 62 (and 83) says, pair by pair, in Python's integers."""
-    table, rows = model.bigram.table, model.bigram.table.size(0)
-    out = torch.zeros(*tokens.shape, table.size(1))
-    for b in range(tokens.size(0)):
-        for t in range(tokens.size(1)):
-            now = int(tokens[b, t])
-            last = 0 if opens(docs, b, t) else int(tokens[b, t - 1])
-            row = ((36_313 * now) ^ (27_191 * last)) % (rows - 1)
-            e = table[rows - 1 if opens(docs, b, t) else row]
-            if hasattr(model.bigram, "signs"):
-                e = e * model.bigram.signs[(last ^ now) % 8192]
-            out[b, t] = e
-    return out
-
-
-@pytest.mark.parametrize("dim", [0, 16])
-def test_bigram_rows(dim):
-    model, (tokens, docs) = build(bigram=192, bigram_dim=dim), rows_of_text()
-    got = model.bigram(tokens, T.starts_of(docs), torch.float32)
-    assert torch.equal(got, naive_pairs(model, tokens, docs))
-
-
-def test_bigram_joins_every_block():
-    """A block's input has its share of the pair on top: here the blocks and x0 do nothing."""
-    model, (tokens, docs) = build(bigram=192, bigram_dim=16), rows_of_text()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.o.weight.zero_(), block.mlp.down.weight.zero_()
-        model.resid.copy_(torch.tensor([1.0, 0.0]))
-    x = T.norm(model.embed[tokens.long()])
-    x[..., :16] += model.bigram.scale.sum() * naive_pairs(model, tokens, docs)
-    torch.testing.assert_close(model(tokens, docs, window()), T.norm(x), rtol=1e-5, atol=1e-5)
-
-
-def test_bigram_hash_of_the_largest_gpt2_tokens_fits_32_bits():
-    """The record computes it in int32; ours, in int64, is the same number."""
-    top = 50_256
-    assert 36_313 * top < 2**31 and 27_191 * top < 2**31
-
-
-def test_signs_are_fair_and_kept():
-    model = build(bigram=128, bigram_dim=16)
-    signs = model.bigram.signs
-    assert set(signs.unique().tolist()) == {-1, 1} and abs(float(signs.float().mean())) < 0.02
-    assert torch.equal(build(bigram=128, bigram_dim=16).bigram.signs, signs)
-    assert "bigram.signs" in model.state_dict()
 
 
 # ---- key offset ---------------------------------------------------------------------------------
@@ -228,13 +169,8 @@ def test_key_offset_is_on_long_layers_alone(arm, monkeypatch):
     [
         ("--key-offset", {"key_offset": True, "half_rope": False}),
         ("--key-offset", {"key_offset": True, "rope": False}),
-        ("--bigram", {"bigram": 100}),
-        ("--bigram-dim", {"bigram": 128, "bigram_dim": 1000}),
-        ("--bigram-dim", {"bigram_dim": 192}),
         ("--normuon", {"normuon": 1.0}),
-        ("--attention-from", {"attention_from": 12}),
-        ("--mudd", {"mudd": True, "attention_from": 11}),
-        ("--token-shares", {"token_shares": True, "x0": False}),
+        ("--backout", {"backout": 12}),
         ("--untie", {"tie": True, "untie": 1.5}),
         ("--head-betas", {"head_betas": (0.5,)}),
         ("--scalar-betas", {"scalar_betas": (0.9, 1.0)}),
@@ -471,64 +407,6 @@ def test_fp8_weights_of_the_shifted_cap_have_room():
     assert T.Head(weight, 30.0, torch.bfloat16, True, False).w8_scale == T.W8_SCALE
 
 
-# ---- one activation for later attention ---------------------------------------------------------
-
-
-def test_later_attention_reads_one_blocks_output():
-    model, (tokens, docs) = build(attention_from=1), rows_of_text()
-    outputs, inputs = [], []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: outputs.append(out))
-        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model(tokens, docs, window())
-    for x in inputs[2:]:
-        torch.testing.assert_close(x, T.norm(outputs[1]))
-    assert not torch.allclose(inputs[1], T.norm(outputs[1]))
-
-
-# ---- shares that follow the token ---------------------------------------------------------------
-
-
-def shares_of(module: T.Shares, x: torch.Tensor) -> torch.Tensor:
-    """[..., n], by hand."""
-    return 0.1 * torch.nn.functional.gelu(x @ module.up.T) @ module.down.T
-
-
-def test_token_shares_join_the_learned_ones():
-    """The share of x0 and of the pairs in each block, against plain indexing."""
-    model, (tokens, docs) = build(token_shares=True, bigram=128), rows_of_text()
-    entering, of_pairs = [], []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: entering.append((args[0], out)))
-    model.bigram.register_forward_hook(lambda _, args, out: of_pairs.append(out))
-    model(tokens, docs, window())
-    x0 = T.norm(torch.nn.functional.embedding(tokens, model.embed))
-    shares, (pairs,) = shares_of(model.shares, x0), of_pairs
-    before = x0
-    for i, (got, out) in enumerate(entering):
-        a, b = model.resid[i]
-        own, of_pair = (shares[..., 2 * i + j, None] for j in (0, 1))
-        want = a * before + (b + own) * x0 + (model.bigram.scale[i] + of_pair) * pairs
-        torch.testing.assert_close(got, want)
-        before = out
-
-
-def test_mudd_adds_shares_of_earlier_outputs():
-    model = build(mudd=True, skip=(0, 2), backout=1, x0=False)
-    (tokens, docs), seen = rows_of_text(), []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    out = model(tokens, docs, window())
-    x0 = T.norm(torch.nn.functional.embedding(tokens, model.embed))
-    outputs = [y for _, y in seen]
-    for module, x in zip(model.mudd, outputs[-2:], strict=True):
-        sources = torch.stack([x, x0, outputs[0], outputs[1]], dim=-1)
-        x = x + (sources * shares_of(module, T.norm(x)).unsqueeze(-2)).sum(-1)
-        if module is model.mudd[0]:
-            torch.testing.assert_close(seen[-1][0], x)
-    torch.testing.assert_close(out, T.norm(x - model.mix[1] * outputs[1]))
-
-
 # ---- head and embedding as one, then apart ------------------------------------------------------
 
 TIED = {"tie": True, "tokens": 256 * 9, "untie": 2 / 3}  # 9 steps, the first 6 tied
@@ -707,11 +585,9 @@ def test_betas_and_decay_of_the_groups():
         )
     )
     betas = {"head": (0.5, 0.9), "embed": (0.5, 0.9), "tied": (0.5, 0.9), "value": (0.75, 0.8)}
-    betas |= {"scalar": (0.9, 0.99), "gate": (0.9, 0.99), "bigram": (0.75, 0.95)}
-    betas["ngram"] = (0.0, 0.95)
+    betas |= {"scalar": (0.9, 0.99), "gate": (0.9, 0.99), "ngram": (0.0, 0.95)}
     assert all(groups[n].betas == b for n, b in betas.items())
-    decay = {"head": 0.75, "tied": 0.75, "embed": 0.025, "value": 0.025, "bigram": 0.025}
-    decay["ngram"] = 0.025
+    decay = {"head": 0.75, "tied": 0.75, "embed": 0.025, "value": 0.025, "ngram": 0.025}
     for name, group in groups.items():
         assert group.cautious_wd == pytest.approx(decay.get(name, 0.0)), name
     assert T.make_config(head_betas=(0.5, 0.95)).flat()["head_betas"] == "0.5+0.95"

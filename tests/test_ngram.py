@@ -54,7 +54,14 @@ def test_places_and_sums(rows):
     if rows == 128:
         want = (filled(model).table[at] * ngram.signs[signs]).sum(2)
         torch.testing.assert_close(ngram.lookup(tokens, docs), want)
-    assert set(ngram.signs.unique().tolist()) == {-1, 1}
+
+
+def test_signs_are_fair_and_kept():
+    ngram = build(ngram=256).ngram
+    signs = ngram.signs
+    assert set(signs.unique().tolist()) == {-1, 1} and abs(float(signs.float().mean())) < 0.02
+    assert torch.equal(build(ngram=256).ngram.signs, signs)
+    assert "signs" in ngram.state_dict()
 
 
 def test_the_largest_tokens_stay_in_their_half():
@@ -85,7 +92,7 @@ def test_what_shares_a_row_rarely_shares_signs():
         assert same.sum() > 190_000 and both.sum() < 4 * same.sum() / 8192, (kind, both.sum())
 
 
-def test_it_joins_every_block_as_the_bigram_does():
+def test_it_joins_every_block():
     model, (tokens, docs) = build(ngram=256), rows_of_text()
     filled(model)
     with torch.no_grad():
@@ -98,7 +105,7 @@ def test_it_joins_every_block_as_the_bigram_does():
 
 
 def test_what_was_looked_up_is_what_forward_looks_up():
-    model, (tokens, docs) = build(ngram=256, token_shares=True), rows_of_text()
+    model, (tokens, docs) = build(ngram=256), rows_of_text()
     filled(model)
     own = model(tokens, docs, window())
     assert torch.equal(model(tokens, docs, window(), model.ngram.lookup(tokens, docs)), own)
@@ -139,16 +146,11 @@ def test_states_with_and_without_a_table_are_loaded_in_place():
     [
         ("--ngram", {"ngram": 100}),
         ("--ngram", {"ngram": 2**31}),
-        ("--bigram and --ngram", {"ngram": 256, "bigram": 128}),
     ],
 )
 def test_what_cannot_be(flag, changes):
     (said,) = T.check_config(T.make_config(**changes))
     assert said.startswith(flag)
-
-
-def test_token_shares_have_enough_to_share():
-    assert not T.check_config(T.make_config(ngram=256, x0=False, token_shares=True))
 
 
 # ---- the update ---------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def first_batch(trainer: T.Trainer) -> T.Batch:
 
 
 def test_rows_get_the_gradient_that_autograd_has_for_the_table(text_data, tmp_path):
-    trainer = T.Trainer(config(text_data, tmp_path, token_shares=True))
+    trainer = T.Trainer(config(text_data, tmp_path))
     H.randomise(trainer.model)
     ngram, step, batch = filled(trainer.model), trainer.steps[0], first_batch(trainer)
     trainer.gradients(step, batch)
@@ -545,7 +547,7 @@ def test_two_ranks_are_one_and_go_on_as_one(text_data, tmp_path):
 def test_a_compiled_run_makes_all_its_graphs_in_warm_up(text_data, tmp_path):
     """A recompile after it is an error; the losses are those of the plain run."""
     for compiled in (False, True):
-        changes = {"compile": compiled, "n_layer": 2, "adam_every": 2, "token_shares": True}
+        changes = {"compile": compiled, "n_layer": 2, "adam_every": 2}
         T.train(config(text_data, tmp_path, run_id=f"c{compiled}", **changes))
     plain, compiled = (H.losses(tmp_path / f"c{c}") for c in (False, True))
     assert plain == pytest.approx(compiled, abs=1e-4)

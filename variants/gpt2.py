@@ -31,8 +31,7 @@ INIT_STD = 0.02
 # What the speedrun stack has and GPT-2 lacks, and how a config says that it is off.
 LACKS = {"rope": False, "softcap": 0.0, "x0": False, "skip": (), "backout": -1, "value_tables": 0}
 LACKS |= {"no_attention": (), "fp8": False, "value_layers": (), "value_gate": False}
-LACKS |= {"bigram": 0, "bigram_dim": 0, "smear": False, "shifted_cap": False, "attention_from": -1}
-LACKS |= {"token_shares": False, "mudd": False, "ngram": 0}
+LACKS |= {"ngram": 0, "smear": False, "shifted_cap": False}
 LACKS |= {"normuon": 0.0, "cautious_wd": 0.0, "tie": False, "adam_every": 1}
 LACKS |= dict.fromkeys(("head_betas", "value_betas", "scalar_betas"), (0.8, 0.95))
 LACKS |= {"cautious_adam_wd": 0.0, "paired": (), "copy": False, "mlp_fp8": "", "qk_dim": 0}
