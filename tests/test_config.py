@@ -288,8 +288,9 @@ def test_what_was_deleted_is_read_where_it_was_off():
     cfg = T.make_config("demo")
     assert T.config_from_flat({**cfg.flat(), **T.DELETED}) == cfg
     assert not set(T.DELETED) & set(T.FLAGS)
-    with pytest.raises(T.InputError, match="the config has mtp True, which was deleted since"):
-        T.config_from_flat({**cfg.flat(), "mtp": True})
+    for name, on in {"mtp": True, "selector": "own"}.items():
+        with pytest.raises(T.InputError, match=f"the config has {name} {on!r}, which was deleted"):
+            T.config_from_flat({**cfg.flat(), name: on})
 
 
 def test_the_command_line_is_the_config():
