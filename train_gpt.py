@@ -101,9 +101,6 @@ class ModelConfig:
     selective: bool = knob(
         False, "diff_v2: tokens mask earlier ones for later ones, as in the arm selective"
     )
-    selector: str = knob(
-        "1", "selective: N groups of heads, each masked by its first, or own (one head more)"
-    )
     selective_grad: str = knob(
         "flex", "selective, its own gradient on a GPU: flex (atomic adds) | chunked (PyTorch)"
     )
@@ -423,7 +420,7 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
 DELETED = {"mtp": False, "fused_update": None, "bigram": 0, "bigram_dim": 0}
-DELETED |= {"token_shares": False, "mudd": False, "attention_from": -1}
+DELETED |= {"token_shares": False, "mudd": False, "attention_from": -1, "selector": "1"}
 
 
 def without_deleted(flat: dict, source: str | Path) -> dict:
@@ -584,17 +581,13 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
 
 
 def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
-    """What the selective arms ask for: rows that can be squared, groups of whole KV heads."""
+    """What the selective arms ask for: rows that can be squared."""
     m, d = cfg.model, cfg.data
     name, _ = parse_arm(m.arm)
     diff = name == "diff_v2" and m.form in V2_FORMS
     need(diff or not m.selective, "--selective is diff_v2's; softmax has the arm selective")
     if name != "selective" and not (diff and m.selective):
         return
-    kv = int(m.n_head * V2_FORMS[m.form][1]) if diff else m.n_head
-    groups = int(m.selector) if re.fullmatch("[1-9][0-9]?", m.selector) else 0
-    fits = m.selector == "own" or (groups > 0 and kv % groups == 0)
-    need(fits, f"--selector {m.selector!r}: own, or a divisor of the {kv} KV heads")
     way = m.selective_grad
     need(way in ("flex", "chunked"), f"--selective_grad {way!r}: flex or chunked")
     if cfg.run.deterministic:
@@ -605,12 +598,10 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
             need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
-        elif fits and length > 0:  # FlexAttention counts a bias in 32 bits (pytorch #146724)
-            each = length * max(1, groups)
-            if tokens * each >= 2**31:
-                fit = length << ((2**31 - 1) // (length * each)).bit_length() - 1
-                said = f"{tokens * each} numbers of row x row, 2^31 are too many"
-                need(False, f"--{call} {tokens}: {said}; {fit} would do")
+        elif length * tokens >= 2**31:  # FlexAttention counts a bias in 32 bits (pytorch #146724)
+            fit = length << ((2**31 - 1) // length**2).bit_length() - 1
+            said = f"{length * tokens} numbers of row x row, 2^31 are too many"
+            need(False, f"--{call} {tokens}: {said}; {fit} would do")
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -1342,7 +1333,7 @@ running_sum.register_autograd(lambda ctx, grad: running_sum(grad.flip(-2)).flip(
 
 
 def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
-    """F of selective attention (2410.02703): q, k [B, T, G, D] -> [B, G, T, T] fp32, G selectors.
+    """F of selective attention (2410.02703): one head's q, k [B, T, D] -> [B, T, T] fp32.
 
     F[i, j] = sum of relu(score[n, j]) over the queries n with j < n < i: what query i's score of
     token j loses. No token masks itself, and a document's first token is never masked. Documents
@@ -1350,9 +1341,9 @@ def selection(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
     is read.
     """
     at = torch.arange(q.size(1), device=q.device)
-    earlier = (at[:, None] - at > 1) & ~ctx.starts[:, None, None, :]
+    earlier = (at[:, None] - at > 1) & ~ctx.starts[:, None, :]
     # Row i has the scores of query i - 1, so that a plain running sum leaves out query i itself.
-    scores = before(q).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    scores = before(q) @ k.mT
     scores = torch.where(earlier, F.relu(scores), 0.0).float() * ctx.scale(q.size(-1))
     return running_sum(scores)
 
@@ -1366,8 +1357,8 @@ class SelectionGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, taken, q, k, v, lse, docs, window, scale):
-        """y [B, Hq, T, Dv], taken [B, G, T, T] and q, k, v [B, H, T, D] as `attend_selected` has
-        them; lse [B, Hq, T] in nats."""
+        """y [B, Hq, T, Dv], taken [B, T, T] and q, k, v [B, H, T, D] as `attend_selected` has them;
+        lse [B, Hq, T] in nats."""
         ctx.save_for_backward(y, taken, q, k, v, lse, docs, window)
         ctx.scale = scale
         return y.clone()
@@ -1375,7 +1366,7 @@ class SelectionGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         y, taken, q, k, v, lse, docs, window = ctx.saved_tensors
-        shape, length = (taken.size(1), -1), y.size(2)  # heads by group
+        length = y.size(2)
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         own = (dy.float() * y.float()).sum(-1)
         seen, chunks = dense_mask(docs, window), []
@@ -1383,12 +1374,12 @@ class SelectionGrad(torch.autograd.Function):
             end = min(start + SELECTIVE_CHUNK, length)
             i, j = slice(start, end), slice(end)
             score = (q[:, :, i] @ k[:, :, j].mT).float() * ctx.scale - lse[:, :, i, None]
-            score = score.unflatten(1, shape) - taken[:, :, None, i, j]
-            weight = torch.where(seen[:, :, i, j], torch.exp(score.flatten(1, 2)), 0.0)
+            score = score - taken[:, None, i, j]
+            weight = torch.where(seen[:, :, i, j], torch.exp(score), 0.0)
             dweight = (dy[:, :, i] @ v[:, :, j].mT).float() - own[:, :, i, None]
-            chunk = -(weight * dweight).unflatten(1, shape).sum(2)
+            chunk = -(weight * dweight).sum(1)
             chunks.append(F.pad(chunk, (0, length - end)))
-        return dy, torch.cat(chunks, dim=2), *(None,) * 7
+        return dy, torch.cat(chunks, dim=1), *(None,) * 7
 
 
 def forward_tile(q: Tensor, v: Tensor) -> dict:
@@ -1403,18 +1394,16 @@ def forward_tile(q: Tensor, v: Tensor) -> dict:
 def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, ctx: Context, taken: Tensor, chunked: bool
 ) -> Tensor:
-    """`attend`, on [B, H, T, D], with taken [B, G, T, T] subtracted from the scores of G groups of
-    query heads. chunked: its gradient by `SelectionGrad` where FlexAttention is used."""
+    """`attend`, on [B, H, T, D], with taken [B, T, T] subtracted from every head's scores. chunked:
+    its gradient by `SelectionGrad` where FlexAttention is used."""
     scale, gqa = ctx.scale(q.size(-1)), q.size(1) != k.size(1)
-    group = q.size(1) // taken.size(1)
     if not isinstance(ctx.mask, BlockMask):
-        each = taken if taken.size(1) == 1 else taken.repeat_interleave(group, dim=1)
-        bias = torch.where(ctx.mask, -each, -math.inf).to(q.dtype)
+        bias = torch.where(ctx.mask, -taken[:, None], -math.inf).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=gqa)
     fixed = taken.detach() if chunked else taken
 
     def less(score, b, h, i, j):
-        return score - fixed[b, h // group, i, j]
+        return score - fixed[b, i, j]
 
     # F is loaded block by block, too: in the usual three stages the way back (heads of 128) takes
     # 264 kB of shared memory and the way forth (heads of 64) 247, of which an H100 has 232.
@@ -1588,13 +1577,7 @@ class Arm(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.heads, self.heads_q, self.heads_kv = pairs, heads_q, heads_kv
         self.dim = cfg.qk_dim or cfg.head_dim
-        self.own_selector = selective and cfg.selector == "own"
-        self.selectors = 0  # each for a group of heads
-        if selective:
-            self.selectors = 1 if self.own_selector else int(cfg.selector)
-        if self.own_selector:
-            shape = (self.dim, cfg.d_model)
-            self.select_q, self.select_k = (Linear(*shape, bias=cfg.bias) for _ in range(2))
+        self.selective = selective
         self.ve_mix = None
         if has_values(cfg, layer):
             self.ve_mix = parameter((2,), ("constant", 0.5), "scalar")  # record 15
@@ -1619,21 +1602,13 @@ class Arm(nn.Module):
             k = offset_keys(k, ctx.starts)
         return q, k
 
-    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        """`attend`, selective where the arm is: x [B, T, d], q and k [B, T, H, D] in position."""
-        if not self.selectors:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """`attend`, selective where the arm is: q and k [B, T, H, D] in position."""
+        if not self.selective:
             return attend(q, k, v, ctx)
-        if self.own_selector:
-            own = project(x, [self.select_q, self.select_k], self.dim)
-            chosen = self.position(*own, ctx)
-        else:  # scores of the first head of each group: the kernel computes them once more
-            chosen = (t[:, :, :: t.size(2) // self.selectors] for t in (q, k))
-        taken = selection(*chosen, ctx)
+        # Head 0's scores, which the kernel computes once more.
+        taken = selection(q[:, :, 0], k[:, :, 0], ctx)
         return attend(q, k, v, ctx, taken, self.cfg.selective_grad == "chunked")
-
-    def selector_flops(self, mean_keys: float) -> float:
-        """A token's FLOPs, forward, of scores that no head uses otherwise."""
-        return 2 * mean_keys * self.dim * self.own_selector
 
 
 class Softmax(Arm):
@@ -1650,12 +1625,12 @@ class Softmax(Arm):
         q, k, v = self.project(x)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
-        return self.attend(x, q, k, v, ctx).flatten(2), v
+        return self.attend(q, k, v, ctx).flatten(2), v
 
     def flops_per_token(self, mean_keys: float) -> float:
         """Forward FLOPs of scores and values, without projections."""
         widths = self.heads * self.dim + self.n_out
-        return 2 * mean_keys * widths + self.selector_flops(mean_keys)
+        return 2 * mean_keys * widths
 
 
 class Paired(Softmax):
@@ -1714,7 +1689,7 @@ class DiffV2(Arm):
         q, k, v = self.project(x)
         q, k = self.position(q, k, ctx)
         v = self.mix(v, ve)
-        a1, a2 = self.attend(x, q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
+        a1, a2 = self.attend(q, k, v, ctx).unflatten(2, (self.heads, 2)).unbind(3)
         return (a1 - self.weight(x) * a2).flatten(2), v
 
     def weight(self, x: Tensor) -> Tensor:
@@ -1724,7 +1699,7 @@ class DiffV2(Arm):
 
     def flops_per_token(self, mean_keys: float) -> float:
         widths = self.heads * self.dim + self.n_out
-        return 4 * mean_keys * widths + self.selector_flops(mean_keys)
+        return 4 * mean_keys * widths
 
 
 def v1_qk_dim(cfg: ModelConfig) -> int:

@@ -21,8 +21,7 @@ class NCAConfig(PreTrainedConfig):
         value_table: index of the value embedding that is mixed into v, or None
         lambda_init: diff_v1's constant
         key_offset: whether half of a key is the token before's
-        selectors: groups of heads that earlier tokens are masked for, or 0; own_selector: whether a
-        head of its own does it, not the first of each group.
+        selectors: 1 where the scores of head 0 mask earlier tokens for all heads, or 0.
     rotary: "half" of each head (base 1024), "full" (base 10,000) or None.
     softcap: c of c sigmoid(4 z / c), [top, shift, width] of top sigmoid((z + shift) / width), or 0.
     qk_norm, gate, xsa, bias, x0, skip, backout, smear, value_gate: as train_gpt.py --help has them.

@@ -36,9 +36,10 @@ FIRST_TOKENS = 16  # by then most answers have ended; only the others are asked 
 # Prompts and answers in the cache at once; on a GPU, as many as this process may still take of its
 # memory in these bytes, of which a token's keys and values (12 layers of 768) are a fifth.
 CPU_BATCH_TOKENS, GPU_TOKEN_BYTES = 8192, 200_000
-# Bytes of each pair of a row's tokens, in the layer that makes most of them at once: for a selector
-# 13 were counted, for a head with a mask of its own 4, and on a GPU up to 4 of its mask's copies.
-SELECTOR_BYTES, HEAD_BYTES = 16, 8
+# Bytes of each pair of a row's tokens, in the layer that makes most of them at once: for what
+# selective attention masks 13 were counted, for a head with a mask of its own 4, and on a GPU up to
+# 4 of its mask's copies.
+SELECTIVE_BYTES, HEAD_BYTES = 16, 8
 DEV_TASK = "coqa_dev100"
 
 
@@ -183,10 +184,8 @@ def pair_bytes(model: transformers.PreTrainedModel) -> int:
         spec = block["attention"]
         if spec is None:
             continue
-        groups = spec["selectors"]
-        by_head = spec["second_window"] or groups > 1
-        heads = spec["query_heads"] if by_head else 0
-        most = max(most, SELECTOR_BYTES * groups + HEAD_BYTES * heads)
+        heads = spec["query_heads"] if spec["second_window"] else 0
+        most = max(most, SELECTIVE_BYTES * spec["selectors"] + HEAD_BYTES * heads)
     return most
 
 

@@ -74,8 +74,7 @@ def attention_spec(model: T.GPT, layer: int) -> dict | None:
         "value_table": T.value_slot(cfg, layer),
         "lambda_init": getattr(arm, "lam_init", None),
         "key_offset": cfg.key_offset and layer in cfg.long_layers,
-        "selectors": arm.selectors,
-        "own_selector": arm.own_selector,
+        "selectors": int(arm.selective),
     }
 
 

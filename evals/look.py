@@ -55,8 +55,8 @@ class Layer:
     """What the heads of a layer did. Maps [H, T, T], row = query; lam [H, T], a query's lambda.
 
     second and lam are None where a head has one map; first has no heads where none could be seen.
-    masks [G, T, T], of a selective arm's G groups of heads: the share 1 - exp(-F) that earlier
-    queries took from what exp(score) gives a key, before the rest is made to sum to 1.
+    masks [T, T], of a selective arm: the share 1 - exp(-F) that earlier queries took from what
+    exp(score) gives a key, before the rest is made to sum to 1.
     """
 
     arm: str
@@ -74,12 +74,12 @@ class Layer:
 
 @dataclass
 class Record:
-    """One layer's forward pass: what came in, [1, T, d], each call's maps, [Hq, T, T], and
-    what selective attention masked, [G, T, T] for G groups of heads."""
+    """One layer's forward pass: what came in, [1, T, d], each call's maps, [Hq, T, T], and what
+    selective attention masked, [T, T]."""
 
     x: Tensor
     maps: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
+    masks: Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -101,9 +101,9 @@ def recording(model: nn.Module):
         one_hot = one_hot[None, :, None].expand(1, length, heads, length)
         maps = attend(q, k, one_hot, ctx, *selected)
         current[0].maps.append(maps[0].transpose(0, 1))
-        for taken in selected[:1]:
-            seen = T.dense_mask(ctx.docs, ctx.window[:1])[0]
-            current[0].masks.append(torch.where(seen, 1 - torch.exp(-taken[0]), 0.0))
+        if selected:
+            seen, taken = T.dense_mask(ctx.docs, ctx.window[:1])[0, 0], selected[0][0]
+            current[0].masks = torch.where(seen, 1 - torch.exp(-taken), 0.0)
         return attend(q, k, v, ctx, *selected)
 
     hooks = [
@@ -134,19 +134,18 @@ def layer_of(arm: nn.Module, record: Record) -> Layer:
         none = torch.zeros(0, record.x.size(1), record.x.size(1))
         return Layer(name, none, note="This arm does not call T.attend: its maps cannot be shown.")
     maps, note = torch.cat(record.maps), ""
-    masks = torch.cat(record.masks) if record.masks else None
     if isinstance(arm, (T.DiffV1, T.DiffV2)) and len(maps) == 2 * arm.heads:
         first, second = maps.unflatten(0, (arm.heads, 2)).unbind(1)
         if arm.head_windows:
             note = f"The second map sees {arm.cfg.window2} tokens back."
-        return Layer(name, first, second, second_weight(arm, record.x), note, masks)
+        return Layer(name, first, second, second_weight(arm, record.x), note, record.masks)
     if isinstance(arm, T.Paired):
         note = "Two heads are one: what one sees of a token is its weight on both their keys."
         maps = maps.unflatten(2, (-1, 2)).sum(-1)  # [H / 2, 2 T, T]
         maps = maps.unflatten(1, (-1, 2)).movedim(2, 0).flatten(0, 1)
     elif type(arm) not in NAMES:
         note = "The maps that T.attend made; what this arm does to them afterwards is not shown."
-    return Layer(name, maps, note=note, masks=masks)
+    return Layer(name, maps, note=note, masks=record.masks)
 
 
 @torch.no_grad()
@@ -198,8 +197,7 @@ def head_figures(layer: Layer, docs: Tensor) -> list[dict]:
         columns["lambda"] = means(layer.lam)
     if layer.masks is not None:
         seen = (docs[:, None] == docs).tril()
-        masked = layer.masks[:, seen].double().mean(1)
-        columns["masked"] = masked.repeat_interleave(len(layer.first) // len(masked)).tolist()
+        columns["masked"] = [float(layer.masks[seen].double().mean())] * len(layer.first)
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -250,7 +248,7 @@ def described(layer: Layer | None, docs: Tensor) -> dict | None:
         return None
     return {
         **{"arm": layer.arm, "note": layer.note, "two": layer.second is not None},
-        "masks": 0 if layer.masks is None else len(layer.masks),
+        "masks": layer.masks is not None,
         "heads": head_figures(layer, docs),
     }
 

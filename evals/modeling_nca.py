@@ -190,19 +190,13 @@ class Softmax(nn.Module):
         self.xsa = nn.Parameter(torch.zeros(spec["heads"])) if config.xsa else None
         mixes = spec["value_table"] is not None
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
-        if spec["own_selector"]:
-            self.select_q, self.select_k = (nn.Linear(d, spec["key_dim"], bias) for _ in range(2))
         gated = mixes and config.value_gate
         self.value_gate = nn.Linear(12, spec["value_heads"], bias=False) if gated else None
 
     def project(self, x, tables, rotary):
-        """q, k [B, T, H, key_dim], normed and rotated, an own selector's last; v [B, T, H,
-        value_dim], table mixed in."""
+        """q, k [B, T, H, key_dim], normed and rotated; v [B, T, H, value_dim], table mixed in."""
         spec = self.spec
-        q, k = self.q(x), self.k(x)
-        if spec["own_selector"]:
-            q, k = torch.cat([q, self.select_q(x)], -1), torch.cat([k, self.select_k(x)], -1)
-        q, k = (t.unflatten(-1, (-1, spec["key_dim"])) for t in (q, k))
+        q, k = (f(x).unflatten(-1, (-1, spec["key_dim"])) for f in (self.q, self.k))
         v = self.v(x).unflatten(-1, (-1, spec["value_dim"]))
         if rotary:
             q, k = (self.turn(t, rotary[spec["key_dim"], self.each]) for t in (q, k))
@@ -220,18 +214,9 @@ class Softmax(nn.Module):
         """x [B, T, H, D], normed and in position."""
         return rotate(x, table, self.qk_norm)
 
-    def choose(self, q, k):
-        """q [B, T, Hq, D] and k [B, H, S, D] without an own selector's head, and the selectors' q
-        and k [B, G, ., D]."""
-        by_head, groups = q.transpose(1, 2), self.spec["selectors"]
-        if self.spec["own_selector"]:
-            return q[:, :, :-1], k[:, :-1], by_head[:, -1:], k[:, -1:]
-        chosen = (t[:, :: t.size(1) // groups] for t in (by_head, k))
-        return q, k, *chosen
-
     def selected(self, q, k, rows, end):
-        """What q [B, G, T, D], the queries up to `end`, take from each of all keys k [B, G, S, D]:
-        [B, G, T, S], fp32. Only what is real takes, and never from itself, from what comes later,
+        """What q [B, 1, T, D], the queries up to `end`, take from each of all keys k [B, 1, S, D]:
+        [B, 1, T, S], fp32. Only what is real takes, and never from itself, from what comes later,
         from another document or from a document's first token."""
         at = torch.arange(k.size(2), device=k.device)
         by = slice(end - q.size(2), end)
@@ -241,7 +226,7 @@ class Softmax(nn.Module):
         return scores.float() * self.spec["scale"]
 
     def masks(self, q, k, rows, cache):
-        """F [B, G, T, S]: what the queries before each of q [B, G, T, D] took from k [B, G, S, D].
+        """F [B, 1, T, S]: what the queries before each of q [B, 1, T, D] took from k [B, 1, S, D].
 
         The cache holds, beside the keys, all that was taken from each and the queries that took it:
         where the cache was cropped since, the sum is made anew.
@@ -265,25 +250,15 @@ class Softmax(nn.Module):
 
     def attend(self, q, k, v, rows, windows, masks=None):
         """q [B, T, H, D] on k, v [B, H, S, D] -> [B, T, H, Dv]; query head n reads k and v head
-        n // (H / heads of k or v). masks [B, G, T, S] are taken from the scores of G groups."""
+        n // (H / heads of k or v). masks [B, 1, T, S] are taken from every head's scores."""
         spec, heads = self.spec, q.size(2)
         mask = rows.mask(windows[spec["window"]], spec["second_window"], heads, self.each)
         if masks is not None:
-            mask = self.bias(mask, -masks.to(q.dtype), heads)
+            mask = torch.where(mask, -masks.to(q.dtype), -torch.inf)
         # By hand: with enable_gqa and a mask, CUDA is left with the kernel that keeps all scores.
         k, v = (t.repeat_interleave(heads // t.size(1), dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=spec["scale"])
         return y.transpose(1, 2)
-
-    def bias(self, mask, taken, heads):
-        """taken [B, G, T, S] where mask [B, 1 or heads, T, S] is True, else -inf: [B, 1 or heads,
-        T, S] in taken's dtype, one for all heads where nothing tells them apart."""
-        groups = taken.size(1)
-        by_group = mask.unflatten(1, (groups, -1)) if mask.size(1) > 1 else mask[:, :, None]
-        bias = torch.where(by_group, taken[:, :, None], -torch.inf)
-        if groups > 1 and bias.size(2) == 1:
-            bias = bias.expand(-1, -1, heads // groups, -1, -1)
-        return bias.flatten(1, 2)
 
     def combine(self, x, y):
         """The heads' outputs y [B, T, query_heads, Dv] -> [B, T, heads, Dv]."""
@@ -298,8 +273,7 @@ class Softmax(nn.Module):
             keys = offset_keys(keys, rows.starts)
         masks = None
         if self.spec["selectors"]:
-            q, keys, *chosen = self.choose(q, keys)
-            masks = self.masks(*chosen, rows, cache)
+            masks = self.masks(q[:, :, :1].transpose(1, 2), keys[:, :1], rows, cache)
         y = self.combine(x, self.attend(q, keys, values, rows, windows, masks))
         if self.xsa is not None:
             v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)

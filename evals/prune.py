@@ -76,33 +76,33 @@ def in_order(rank: Tensor) -> Tensor:
 
 
 def kept_keys(rank: Tensor, seen: Tensor, first: Tensor, budget: int) -> Tensor:
-    """Which keys are still there for each query: bool [B, G, T, T], at most `budget` of a row.
+    """Which keys are still there for each query: bool [B, T, T], at most `budget` of a row.
 
-    rank [B, G, T, T]: at query i, of the keys that are there, the one with the largest goes; of
-    equals, the oldest. seen [B, 1, T, T]: what a full cache would hold; what leaves the window or
+    rank [B, T, T]: at query i, of the keys that are there, the one with the largest goes; of
+    equals, the oldest. seen [B, T, T]: what a full cache would hold; what leaves the window or
     belongs to a finished document makes room by itself. first [B, T]: never given up.
 
     One query after the other, since what is there follows from what went. On a GPU that takes the
-    time to start some nine kernels a query, whatever B and G: so give it many rows at once.
+    time to start some nine kernels a query, whatever B: so give it many rows at once.
     """
-    first = first[:, None, None] & seen
+    first = first[:, None] & seen
     free = seen & ~first  # with each query's own token, the newest
     room = budget - 1 - (first.tril(-1)).sum(-1, keepdim=True)
-    left, nothing = free.expand_as(rank).clone(), torch.iinfo(torch.int64).min
+    left, nothing = free.clone(), torch.iinfo(torch.int64).min
     for i in range(budget, rank.size(-1)):
         if i == budget or i % QUERIES == 0:
-            start, order = i, in_order(rank[:, :, i : i + QUERIES - i % QUERIES])
-        there = left[:, :, i - 1, :i] & free[:, :, i, :i]
-        may_go = torch.where(there, order[:, :, i - start, :i], nothing)
+            start, order = i, in_order(rank[:, i : i + QUERIES - i % QUERIES])
+        there = left[:, i - 1, :i] & free[:, i, :i]
+        may_go = torch.where(there, order[:, i - start, :i], nothing)
         stays = may_go != may_go.amax(-1, keepdim=True)
-        fits = there.sum(-1, keepdim=True) <= room[:, :, i]
-        left[:, :, i, :i] = there & (stays | fits)
+        fits = there.sum(-1, keepdim=True) <= room[:, i]
+        left[:, i, :i] = there & (stays | fits)
     return left | first
 
 
 def newest_keys(seen: Tensor, first: Tensor, budget: int) -> Tensor:
-    """`kept_keys` by age, for rows in which a query sees one document: [B, 1, T, T]."""
-    at, first = torch.arange(seen.size(-1), device=seen.device), first[:, None, None] & seen
+    """`kept_keys` by age, for rows in which a query sees one document."""
+    at, first = torch.arange(seen.size(-1), device=seen.device), first[:, None] & seen
     return first | seen & (at[:, None] - at < budget - first.sum(-1, keepdim=True))
 
 
@@ -119,15 +119,13 @@ def pruning(share: float, policy: str, sizes: list[tuple[int, int]]):
         budget = min(full, max(2, round(share * full)))
         sizes.append((budget, full))
         if budget < full:
-            seen = ctx.mask.any(1, keepdim=True)  # by the head that sees farthest
+            seen = ctx.mask.any(1)  # by the head that sees farthest
             first = T.repeated(ctx.starts, length // ctx.starts.size(1))  # paired heads: two keys
             if taken is None or policy == "age":
                 kept = newest_keys(seen, first, budget)
             else:
                 kept = kept_keys(taken, seen, first, budget)
-            if kept.size(1) > 1:
-                kept = kept.repeat_interleave(q.size(2) // kept.size(1), dim=1)
-            ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept)
+            ctx = T.dataclasses.replace(ctx, mask=ctx.mask & kept[:, None])
         return attend(q, k, v, ctx, taken, *how)
 
     T.attend = attend_pruned
@@ -193,7 +191,7 @@ def measure(
     if int(tokens.max()) >= model.cfg.vocab:
         raise T.InputError(f"{path} has {model.cfg.vocab} tokens: --data is of another vocabulary")
     window = T.windows(sample.best_window(meta), device)
-    selective = any(getattr(arm, "selectors", 0) for arm in arms_of(model))
+    selective = any(getattr(arm, "selective", False) for arm in arms_of(model))
     who = {"run": run_of(path), "weights": weights_of(path), "arm": meta["config"]["arm"]}
     lines = itertools.product(POLICIES if selective else ("age",), shares)
     for policy, share in (pair for pair in lines if pair not in done):

@@ -23,18 +23,17 @@ import bench_attention as B
 
 import train_gpt as T
 
-HEADS = {  # query heads, KV heads, selectors
-    "selective": (6, 6, 1),
-    "selective,selector=2": (6, 6, 2),
-    "diff_v2,selective=true": (12, 3, 1),
-    "diff_v2,selective=true,form=light": (6, 3, 1),
+HEADS = {  # query heads, KV heads
+    "selective": (6, 6),
+    "diff_v2,selective=true": (12, 3),
+    "diff_v2,selective=true,form=light": (6, 3),
 }
 WARM_UP = 3
 
 
-def parts(heads: tuple[int, int, int], args, device: str) -> dict:
+def parts(heads: tuple[int, int], args, device: str) -> dict:
     """{part: (function, its inputs)}: forward, and backward by its output's gradient."""
-    query, kv, groups = heads
+    query, kv = heads
     gen = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -51,7 +50,7 @@ def parts(heads: tuple[int, int, int], args, device: str) -> dict:
     wrap = wrap if device == "cuda" else lambda f: f
 
     def select(q, k):
-        return T.selection(q[:, :, :: query // groups], k[:, :, :: kv // groups], ctx)
+        return T.selection(q[:, :, 0], k[:, :, 0], ctx)
 
     def attend(q, k, v, taken=None, chunked=False):
         return T.attend(q, k, v, ctx, taken, chunked)

@@ -239,7 +239,7 @@ def test_forward_and_gradients(case, layer, window):
         assert error < 3e-5, f"d {label}: {error:.1e}"
 
 
-WIDE = ("softmax", "diff_v2", "diff_v2,form=light", "selective,selector=own")
+WIDE = ("softmax", "diff_v2", "diff_v2,form=light", "selective")
 
 
 @pytest.mark.parametrize("arm", WIDE)
@@ -386,7 +386,7 @@ def test_parameter_counts():
     assert attention_parameters("diff_v1") == (4 * d * d, 4 * 64 + 2 * 64)  # lambda, gain
     assert attention_parameters("softmax,qk_dim=64") == (3 * d * d, 0)
     assert attention_parameters("softmax,qk_dim=128") == attention_parameters("softmax")
-    assert attention_parameters("selective,qk_dim=64,selector=own") == (3 * d * d + 2 * 64 * d, 0)
+    assert attention_parameters("selective,qk_dim=64") == (3 * d * d, 0)
     assert attention_parameters("diff_v2,qk_dim=64") == (11 * d * d // 4, 6 * d + 6)
     assert attention_parameters("diff_v2,qk_dim=64,form=full") == (7 * d * d // 2, 6 * d + 6)
     assert attention_parameters("diff_v2,qk_dim=64,form=light+") == (7 * d * d // 4, 3 * d + 3)
@@ -394,13 +394,13 @@ def test_parameter_counts():
 
 def test_narrow_queries_and_keys_halve_the_work_on_scores():
     """Of a token at 100 keys, 2 FLOPs for each dimension of scores and of values."""
-    for spec, heads, selector in (
-        *(("softmax", 6, 0), ("softmax,paired=0", 6, 0), ("selective,selector=own", 6, 1)),
-        *(("diff_v2", 12, 0), ("diff_v2,form=light", 6, 0)),
+    for spec, heads in (
+        *(("softmax", 6), ("softmax,paired=0", 6), ("selective", 6)),
+        *(("diff_v2", 12), ("diff_v2,form=light", 6)),
     ):
         for qk in (128, 64):
             arm = full_size(spec, qk_dim=qk)[1].blocks[0].attn.arm
-            want = 2 * 100 * (heads * (qk + 128) + selector * qk)
+            want = 2 * 100 * heads * (qk + 128)
             assert arm.flops_per_token(100.0) == pytest.approx(want, rel=1e-12), spec
             assert arm.q.weight.muon_view == (arm.q.maps, heads * qk // arm.q.maps, 768)
 

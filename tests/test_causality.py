@@ -18,9 +18,8 @@ ARMS = (
     "diff_v2,form=full,xsa=true,window2=9",
     "softmax,xsa=true",
     "selective",
-    "selective,selector=own",
     "diff_v2,selective=true",
-    "diff_v2,selective=true,form=full,selector=2,window2=9",
+    "diff_v2,selective=true,form=full,window2=9",
     f"{H.ARMS / 'temperature.py'}:Temperature",
     f"{H.ARMS / 'plain_module.py'}:Plain",
 )
@@ -53,7 +52,7 @@ def test_the_speedrun_is_causal(arm):
     "arm",
     [
         *("softmax,xsa=true,value_gate=true", "softmax,paired=1,key_offset=true"),
-        *("selective,selector=own", "diff_v2,form=full,window2=9", "diff_v2,selective=true"),
+        *("selective", "diff_v2,form=full,window2=9", "diff_v2,selective=true"),
     ],
 )
 def test_narrow_queries_and_keys(arm, preset, qk_dim):

@@ -614,8 +614,8 @@ def matrix_parameters(arm: str, preset: str, **changes) -> int:
         ("demo", "diff_v2,form=full", "softmax,mlp=576"),
         (
             "plain",
-            "diff_v2,form=full,selective=true,selector=own,layers=0+4",
-            "selective,mlp=3456,layers=0+4,selector=own",
+            "diff_v2,form=full,selective=true,layers=0+4",
+            "selective,mlp=3456,layers=0+4",
         ),
     ],
 )

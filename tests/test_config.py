@@ -289,8 +289,9 @@ def test_what_was_deleted_is_read_where_it_was_off():
     assert T.config_from_flat({**cfg.flat(), **T.DELETED}) == cfg
     assert not set(T.DELETED) & set(T.FLAGS)
     on = {"mtp": True, "bigram": 192, "token_shares": True, "mudd": True, "attention_from": 8}
+    on |= {"selector": "own"}
     for name, value in on.items():
-        said = f"the config has {name} {value}, which was deleted since"
+        said = f"the config has {name} {value!r}, which was deleted since"
         with pytest.raises(T.InputError, match=said):
             T.config_from_flat({**cfg.flat(), name: value})
 

@@ -373,10 +373,9 @@ class Live(torch.utils._python_dispatch.TorchDispatchMode):
     "arm, most",
     [
         ("softmax", 0),
-        ("selective", 1 * coqa.SELECTOR_BYTES),
-        ("selective,selector=2", 2 * coqa.SELECTOR_BYTES + 4 * coqa.HEAD_BYTES),
-        ("diff_v2,selective=true", coqa.SELECTOR_BYTES),
-        ("diff_v2,selective=true,window2=20", coqa.SELECTOR_BYTES + 8 * coqa.HEAD_BYTES),
+        ("selective", coqa.SELECTIVE_BYTES),
+        ("diff_v2,selective=true", coqa.SELECTIVE_BYTES),
+        ("diff_v2,selective=true,window2=20", coqa.SELECTIVE_BYTES + 8 * coqa.HEAD_BYTES),
         ("diff_v2,form=full,window2=20", 8 * coqa.HEAD_BYTES),
     ],
 )
@@ -411,7 +410,7 @@ def test_rows_at_once(monkeypatch):
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     for length in (100, 1000, 4000):
         assert coqa.rows_at_once(plain, length) == memory // (200_000 * length)
-        row = 200_000 * length + coqa.SELECTOR_BYTES * length**2
+        row = 200_000 * length + coqa.SELECTIVE_BYTES * length**2
         assert coqa.rows_at_once(selective, length) == memory // row
 
 

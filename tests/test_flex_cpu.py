@@ -185,7 +185,7 @@ def test_forward_tile(monkeypatch, selective):
     monkeypatch.setattr(T, "flex_attention", spy)
     gen, window = torch.Generator().manual_seed(0), int32(200)
     q, k, v = (torch.randn(2, LENGTH, 2, d, generator=gen).bfloat16() for d in (64, 64, 128))
-    taken = torch.rand(2, 1, LENGTH, LENGTH, generator=gen) if selective else None
+    taken = torch.rand(2, LENGTH, LENGTH, generator=gen) if selective else None
 
     def attend(make, *qkv):
         ctx = T.Context(make(DOCS["odd"], window), {}, lambda dim: 0.1)

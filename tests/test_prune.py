@@ -37,21 +37,20 @@ def test_kept_keys(budget, queries, monkeypatch):
     """Against the list, with documents and a window; at most the budget; what is gone stays gone;
     the newest and a document's first stay."""
     monkeypatch.setattr(prune, "QUERIES", queries)
-    docs = A.documents()
-    seen, first = T.dense_mask(docs, torch.tensor([11])), T.starts_of(docs)
+    docs = A.documents().repeat(3, 1)
+    seen, first = T.dense_mask(docs, torch.tensor([11]))[:, 0], T.starts_of(docs)
     gen = torch.Generator().manual_seed(0)
-    rank = torch.rand(2, 3, LENGTH, LENGTH, generator=gen).round(decimals=1).cumsum(2)
+    rank = torch.rand(6, LENGTH, LENGTH, generator=gen).round(decimals=1).cumsum(1)
     got = prune.kept_keys(rank, seen, first, budget)
-    for b in range(2):
-        for g in range(3):
-            assert torch.equal(got[b, g], by_hand(rank[b, g], seen[b, 0], first[b], budget))
+    for row, *of_row in zip(got, rank, seen, first, strict=True):
+        assert torch.equal(row, by_hand(*of_row, budget))
     assert got.sum(-1).max() <= budget
     assert got.diagonal(dim1=-2, dim2=-1).all()
-    assert not (got[:, :, 1:] & ~got[:, :, :-1]).tril(-1)[..., :-1, :].tril(0).any()
-    kept_first = got | ~(seen & first[:, None, None])
+    assert not (got[:, 1:] & ~got[:, :-1]).tril(-1)[..., :-1, :].tril(0).any()
+    kept_first = got | ~(seen & first[:, None])
     assert kept_first.all()
     if budget == LENGTH:
-        assert torch.equal(got, seen.expand_as(got))
+        assert torch.equal(got, seen)
 
 
 @pytest.mark.parametrize("window", [3, 11, LENGTH])
@@ -60,11 +59,11 @@ def test_newest_keys(budget, window):
     """What goes by age is known without a look at what went before, also where a document's first
     token leaves the window."""
     at = torch.arange(LENGTH)
-    docs, age = A.documents(), (at[:, None] - at).float().expand(2, 1, -1, -1)
-    seen, first = T.dense_mask(docs, torch.tensor([window])), T.starts_of(docs)
+    docs, age = A.documents(), (at[:, None] - at).float().expand(2, -1, -1)
+    seen, first = T.dense_mask(docs, torch.tensor([window]))[:, 0], T.starts_of(docs)
     want = prune.kept_keys(age, seen, first, budget)
     assert torch.equal(prune.newest_keys(seen, first, budget), want)
-    assert torch.equal(by_hand(age[0, 0], seen[0, 0], first[0], budget), want[0, 0])
+    assert torch.equal(by_hand(age[0], seen[0], first[0], budget), want[0])
 
 
 def test_order_of_ranks():
@@ -83,9 +82,9 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 def test_of_equals_the_oldest_goes(device):
     """Long rows of one and the same rank, whatever the order in which a device compares them."""
     length, budget = 200, 7
-    rank = torch.zeros(2, 3, length, length, device=device)
-    rank[:, 1] = -torch.inf
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(2, 1, -1, -1)
+    rank = torch.zeros(2, length, length, device=device)
+    rank[1] = -torch.inf
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(2, -1, -1)
     first = torch.zeros(2, length, dtype=torch.bool, device=device)
     first[:, 0] = True
     got = prune.kept_keys(rank, seen, first, budget)
@@ -106,7 +105,7 @@ class Forgetful:
         self.budget, self.by_age, self.items = budget, by_age, {}
 
     def step(self, i: int, q, k, v, select_q, select_k, scale: float) -> torch.Tensor:
-        """q [H, D], k and v [H, D] of token i, one selector's q and k [D] -> [H, D]."""
+        """q [H, D], k and v [H, D] of token i, the selecting head's q and k [D] -> [H, D]."""
         self.items[i] = [k, v, select_k, torch.zeros(())]
         if len(self.items) > self.budget:
             may_go = [j for j in self.items if j not in (0, i)]
@@ -125,7 +124,7 @@ class Forgetful:
 @pytest.mark.parametrize("policy", prune.POLICIES)
 @pytest.mark.parametrize("budget", [2, 5, 13, LENGTH])
 def test_a_pruned_layer_is_a_forgetful_one(budget, policy):
-    """Softmax with head 0 as selector, in a single document: token by token, with keys deleted."""
+    """Selective attention in a single document: token by token, with keys deleted."""
     cfg, attn, _ = A.build("selective", 3, value_tables=0, score_scale=0.1)
     arm, docs = attn.arm, torch.zeros(1, LENGTH, dtype=torch.int32)
     ctx = T.GPT(cfg, LENGTH).contexts(docs, torch.tensor([99, 99], dtype=torch.int32))[3]
@@ -188,9 +187,7 @@ def text(tmp_path_factory):
     return H.write_text_corpus(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize(
-    "arm", ["selective,selector=2", "diff_v2,selective=true,layers=1,window2=9"]
-)
+@pytest.mark.parametrize("arm", ["selective", "diff_v2,selective=true,layers=1,window2=9"])
 def test_command(arm, text, tmp_path, capsys):
     soft, own = checkpoint(tmp_path / "soft"), checkpoint(tmp_path / "own", arm=arm)
     out = tmp_path / "out"
@@ -301,7 +298,7 @@ def test_draws_what_is_there(command, capsys):
     assert "is no file of evals/prune.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arm", ["softmax", "selective,selector=2"])
+@pytest.mark.parametrize("arm", ["softmax", "selective"])
 def test_documents_in_one_call_or_several(arm, text, tmp_path, monkeypatch):
     run = checkpoint(tmp_path / "r", arm=arm)
     rows = prune.long_documents(T.Corpus.open(str(text)), 64, 5)

@@ -24,7 +24,7 @@ LENGTH = A.LENGTH
 
 
 def paper_masks(scores, docs):
-    """F [T, T] of one row from a selector's scores [T, T] and documents [T]: for each document by
+    """F [T, T] of one row from head 0's scores [T, T] and documents [T]: for each document by
     itself, as if it were a text of its own."""
     out = torch.zeros_like(scores)
     for d in docs.unique():
@@ -53,21 +53,12 @@ def reference(cfg, p, x, docs, window):
         q = [q[m * half + i] for i in range(half) for m in range(2)]
     q, k = ([A.ready(cfg, t) for t in ts] for ts in (q, k))
     share = len(q) // len(k)
-    if cfg.selector == "own":
-        own = (A.ready(cfg, x @ p[f"arm.select_{s}.weight"].T) for s in ("q", "k"))
-        selectors = [tuple(own)]
-    else:
-        first = range(0, len(q), len(q) // int(cfg.selector))
-        selectors = [(q[h], k[h // share]) for h in first]
-    masks = []
-    for a, b in selectors:
-        scores = a @ b.transpose(1, 2) * scale
-        masks.append(torch.stack([paper_masks(s, d) for s, d in zip(scores, docs)]))
+    first = q[0] @ k[0].transpose(1, 2) * scale
+    masks = torch.stack([paper_masks(s, d) for s, d in zip(first, docs)])
     heads = []
     for h, query in enumerate(q):
         most = min(window, cfg.window2) if cfg.window2 and h % 2 else window
-        score = query @ k[h // share].transpose(1, 2) * scale
-        score = score - masks[h * len(masks) // len(q)]
+        score = query @ k[h // share].transpose(1, 2) * scale - masks
         score = score.masked_fill(~A.allowed(docs, most), -torch.inf)
         heads.append(torch.softmax(score, -1) @ v[h // share])
     if diff:
@@ -84,20 +75,14 @@ def reference(cfg, p, x, docs, window):
 
 ARMS = (
     "selective",
-    "selective,selector=2",
-    "selective,selector=4",
-    "selective,selector=own",
     "selective,half_rope=false,score_scale=0.4",
     "selective,qk_norm=false,rope=false",
     "diff_v2,selective=true",
-    "diff_v2,selective=true,selector=2",
-    "diff_v2,selective=true,selector=own",
-    "diff_v2,selective=true,form=full,selector=4",
+    "diff_v2,selective=true,form=full",
     "diff_v2,selective=true,form=light",
     "diff_v2,selective=true,form=light+,window2=3",
     "selective,head_dim=32,qk_dim=16",
-    "selective,head_dim=32,qk_dim=16,selector=own",
-    "diff_v2,selective=true,head_dim=32,qk_dim=16,selector=2",
+    "diff_v2,selective=true,head_dim=32,qk_dim=16",
 )
 
 
@@ -130,12 +115,12 @@ def test_forward_and_gradients(arm, layer, window):
     compare(arm, cfg, attn, ctx, window)
 
 
-@pytest.mark.parametrize("change", ["selector", "window2", "qk_norm", "half_rope"])
+@pytest.mark.parametrize("change", ["window2", "qk_norm", "half_rope"])
 def test_the_comparison_has_power(change):
     cfg, attn, ctx = build("diff_v2,selective=true")
-    values = {"selector": "2", "window2": 3}.get(change, not getattr(cfg, change))
+    value = 3 if change == "window2" else not getattr(cfg, change)
     with pytest.raises(AssertionError):
-        compare("", T.dataclasses.replace(cfg, **{change: values}), attn, ctx, 7)
+        compare("", T.dataclasses.replace(cfg, **{change: value}), attn, ctx, 7)
 
 
 def row_docs(length: int) -> torch.Tensor:
@@ -181,7 +166,7 @@ def grads(attn, ctx, x, weight):
 def test_the_running_sum_is_one_operation():
     """Also in a compiled graph, where Inductor would make a scan of its own of it."""
     gen = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 1, 9, 5, generator=gen).transpose(2, 3).requires_grad_()
+    x = torch.randn(2, 9, 5, generator=gen).mT.requires_grad_()
     torch.library.opcheck(T.running_sum, (x,))
     weight = torch.randn(x.shape, generator=gen)
     got, want = (
@@ -200,10 +185,8 @@ COMPILED = ("chunked", "diff_v2,selective=true,window2=30")
     "arm",
     [
         "selective",
-        "selective,selector=2",
+        "diff_v2,selective=true,form=full",
         "diff_v2,selective=true,window2=30",
-        "diff_v2,selective=true,selector=own",
-        "diff_v2,selective=true,selector=2",
     ],
 )
 def test_both_gradients_beside_flex(arm, way, compiled, monkeypatch):
@@ -243,7 +226,7 @@ def test_flex_forward():
     def context(make):
         return T.Context(make(docs, window), {}, lambda d: 0.3, T.starts_of(docs), docs, window)
 
-    taken = T.selection(q[:, :, ::2], k, context(T.dense_mask))
+    taken = T.selection(q[:, :, 0], k[:, :, 0], context(T.dense_mask))
     torch._dynamo.reset()
     run = torch.compile(T.attend, fullgraph=True, dynamic=False)
     got = run(q, k, v, context(T.block_mask), taken)
@@ -262,17 +245,13 @@ FITS = {"row_tokens": 2048, "val_row_tokens": 2048}
     [
         ("selective", {"row_tokens": 16_384}, "--row-tokens 16384: selective arms keep row x row"),
         ("selective", {"val_row_tokens": 262_144}, "--val-row-tokens 262144: "),
-        ("selective,selector=6", {}, "--val-call-tokens 262144: 3221225472 numbers"),
-        ("selective,selector=6", {}, "; 131072 would do"),
-        ("selective,selector=6", {"val_row_tokens": 1536, "val_call_tokens": 393_216}, "; 196608 "),
+        ("selective", {"val_call_tokens": 2**20}, "--val-call-tokens 1048576: 2147483648 numbers"),
+        ("selective", {"val_call_tokens": 2**20}, "; 524288 would do"),
+        ("selective", {"val_row_tokens": 1536, "val_call_tokens": 3 * 2**19}, "; 786432 would do"),
         ("selective", {"deterministic": True}, "--deterministic needs chunked"),
         ("diff_v2,selective=true", {"row_tokens": 16_384}, "row x row"),
         ("softmax,selective=true", {}, "has the arm selective"),
         ("diff_v1,selective=true", {}, "has the arm selective"),
-        ("selective,selector=4", {}, "divisor of the 6 KV heads"),
-        ("diff_v2,selective=true,selector=2", {}, "divisor of the 3 KV heads"),
-        ("selective,selector=0", {}, "own, or a divisor"),
-        ("selective,selector=first", {}, "own, or a divisor"),
         ("selective,selective_grad=atomic", {}, "flex or chunked"),
     ],
 )
@@ -284,11 +263,11 @@ def test_what_is_refused(arm, changes, said):
 
 
 @pytest.mark.parametrize("preset", ["r28", "plain"])
-@pytest.mark.parametrize("arm", ["selective", "diff_v2,selective=true", "selective,selector=own"])
-def test_what_it_costs(arm, preset):
-    """No parameters of its own, unless the selector is one, and no FLOPs that nobody else has."""
-    name, _, keys = arm.partition(",")
-    plain = {"selective": "softmax"}.get(name, name)
+@pytest.mark.parametrize(
+    "arm, plain", [("selective", "softmax"), ("diff_v2,selective=true", "diff_v2")]
+)
+def test_what_it_costs(arm, plain, preset):
+    """No parameters of its own, and no FLOPs that nobody else has."""
     sizes = []
     for spec in (arm, plain):
         cfg = T.make_config(preset, arm=spec, vocab=50_257, **FITS)
@@ -296,21 +275,17 @@ def test_what_it_costs(arm, preset):
         with torch.device("meta"):
             model = T.GPT(cfg.model, 128)
         sizes.append((T.count_parameters(model)["stored"], T.flops_per_token(model, 900.0, 500.0)))
-    more, flops = (a - b for a, b in zip(*sizes))
-    own = 11 * 2 * 128 * 768 if "own" in keys else 0  # block 7 has no attention
-    assert more == own
-    scores = 3 * 2 * 128 * (3 * 900 + 8 * 500)
-    assert flops == (6 * own + scores if own else 0)
+    assert sizes[0] == sizes[1]
 
 
 def test_only_the_arms_layers_select():
     cfg = T.make_config("demo", arm="diff_v2,selective=true,layers=1", **A.SMALL)
     arms = [block.attn.arm for block in T.GPT(cfg.model, 64).blocks]
-    assert [arm.selectors for arm in arms] == [0, 1, 0, 0]
+    assert [arm.selective for arm in arms] == [False, True, False, False]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arm", ["selective,selector=2", "diff_v2,selective=true,layers=1"])
+@pytest.mark.parametrize("arm", ["selective", "diff_v2,selective=true,layers=1"])
 def test_look(arm):
     """The maps are what the values are summed with, and the page has the share that was masked."""
     docs = A.documents()[0]
@@ -327,20 +302,17 @@ def test_look(arm):
     heads = v[0].transpose(0, 1).repeat_interleave(len(layer.first) // v.size(2), 0)
     sums = (layer.used @ heads).transpose(0, 1).flatten(1)
     torch.testing.assert_close(sums, y[0], atol=2e-5, rtol=1e-4)
-    groups = 2 if "selector" in arm else 1
-    assert layer.masks.shape == (groups, LENGTH, LENGTH)
+    assert layer.masks.shape == (LENGTH, LENGTH)
     hidden = ~A.allowed(docs[None], 9)[0]
-    assert (layer.masks[:, hidden] == 0).all()
-    assert (layer.masks[:, :, T.starts_of(docs[None])[0]] == 0).all()
+    assert (layer.masks[hidden] == 0).all()
+    assert (layer.masks[:, T.starts_of(docs[None])[0]] == 0).all()
     assert layer.masks.max() > 0.5
     told = look.described(layer, docs)
-    assert told["masks"] == groups
-    mean = layer.masks[:, (docs[:, None] == docs).tril()].double().mean(1)
-    assert [head["masked"] for head in told["heads"]] == pytest.approx(
-        mean.repeat_interleave(len(told["heads"]) // groups).tolist()
-    )
+    assert told["masks"] is True
+    mean = float(layer.masks[(docs[:, None] == docs).tril()].double().mean())
+    assert [head["masked"] for head in told["heads"]] == pytest.approx([mean] * len(layer.first))
     values = np.frombuffer(base64.b64decode(look.packed([layer])), "<u2") / look.FULL
     rows, columns = np.tril_indices(LENGTH)
-    want = layer.masks.numpy()[:, rows, columns].ravel()
+    want = layer.masks.numpy()[rows, columns]
     assert np.abs(values[-len(want) :] - want).max() < 1e-5
     assert (layers[0].masks is None) == ("layers" in arm)

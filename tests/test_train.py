@@ -42,7 +42,7 @@ def learn(data, out, arm) -> tuple[T.Trainer, float, float]:
         "diff_v2",
         *(pytest.param(a, marks=pytest.mark.long) for a in (*H.FORMS, "diff_v2,form=light+")),
         pytest.param("selective", marks=pytest.mark.long),
-        pytest.param("diff_v2,selective=true,selector=own", marks=pytest.mark.long),
+        pytest.param("diff_v2,selective=true", marks=pytest.mark.long),
         f"{H.ARMS / 'temperature.py'}:Temperature",
     ],
     ids=lambda a: a[-24:],
