@@ -5,8 +5,8 @@
 One JSON object a line, over stdin and stdout:
 
     worker   {"ready": {source_sha256, data, params, flops_per_token, compile_s}}, compiled, parked
-    compare  {"seed", "data_seed", "tokens", "run_id", "labels"}
-    worker   {"done": figures of `Trainer.run`}, parked again; or
+    compare  {"seed", "data_seed", "tokens", "run_id", "labels", "park"}
+    worker   {"done": figures of `Trainer.run`}, parked again where "park" says so; or
              {"failed": {code, reason}}, and it ends with that exit code
 
 It ends when its stdin does, in the middle of a run too: no orphan of a killed `compare` goes on
@@ -113,12 +113,13 @@ def ready(trainer: T.Trainer) -> dict:
 
 
 def run(trainer: T.Trainer, command: dict) -> dict:
-    """One run from a fresh start."""
-    trainer.labels = command.pop("labels")
+    """One run from a fresh start. park: whether other arms wait for the memory."""
+    trainer.labels, park = command.pop("labels"), command.pop("park")
     trainer.reset(**command)
     result = trainer.run()
     T.write_exit(trainer.folder, [], T.EXIT_CODES["done"], "done")
-    trainer.park()
+    if park:
+        trainer.park()
     return result
 
 

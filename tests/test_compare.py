@@ -108,7 +108,8 @@ def run_ids(path: Path) -> set[str]:
 
 
 @pytest.mark.long
-def test_reset_equals_a_fresh_process(text_data, arms, tmp_path):
+@pytest.mark.parametrize("park", [True, False])
+def test_reset_equals_a_fresh_process(text_data, arms, tmp_path, park):
     """A worker, after a run of another seed and budget: the same losses, weights, buffers and
     optimizer, to the bit, as train_gpt.py gives in a process of its own."""
     cfg = {"arm": f"{arms}:Stateful", "save_final": True, "looks": 2}
@@ -120,9 +121,8 @@ def test_reset_equals_a_fresh_process(text_data, arms, tmp_path):
         ready = json.loads(process.stdout.readline())["ready"]
         for seed, tokens, run_id in ((1, 256 * 12, "first"), (5, 256 * 8, "second")):
             command = {"seed": seed, "data_seed": 2, "tokens": tokens, "run_id": run_id}
-            print(
-                json.dumps({**command, "labels": {"block": seed}}), file=process.stdin, flush=True
-            )
+            command |= {"labels": {"block": seed}, "park": park}
+            print(json.dumps(command), file=process.stdin, flush=True)
             said = json.loads(process.stdout.readline())["done"]
             assert said["tokens"] == tokens and Path(said["run"]) == tmp_path / run_id
         process.stdin.close()
@@ -745,6 +745,7 @@ def test_a_variants_preset(text_data, tmp_path):
     said = worker.ready(trainer)
     assert said["source_sha256"]["variant"] == T.sha256(c.code["variants/gpt2.py"])
     command = {"seed": 3, "data_seed": 0, "tokens": 512, "run_id": "one", "labels": {}}
+    command["park"] = True
     assert worker.run(trainer, command)["tokens"] == 512
     header = logs.load_run(tmp_path / "one").header
     assert header["source_sha256"] == said["source_sha256"] and header["seed"] == 3
