@@ -5,8 +5,8 @@ block masks, Muon for matrices and Adam for the rest (sharded over ranks), an FP
 head. Attention is a switch (`--arm softmax | diff_v1 | diff_v2,form=light+ | mine.py:Class`), so
 that two arms differ in nothing else. What has been measured stands in README.md and records/.
 
-    python train_gpt.py --preset speedrun --data DIR             # one GPU
-    torchrun --standalone --nproc-per-node 8 train_gpt.py ...    # eight: the same tokens a step
+    python train_gpt.py --preset speedrun --data DIR             # one GPU, an H100
+    torchrun --standalone --nproc-per-node 8 train_gpt.py --preset r28 --data DIR   # eight
     python train_gpt.py --preset demo --data DIR                 # a CPU, in minutes
     python train_gpt.py --help                                   # every knob, with its unit
 
@@ -289,7 +289,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "speedrun"
+    preset: str = "r28"
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -397,7 +397,7 @@ def parse_arm(spec: str) -> tuple[str, dict]:
     return name, keys
 
 
-def make_config(preset: str = "speedrun", **changes) -> Config:
+def make_config(preset: str = "r28", **changes) -> Config:
     """Defaults, the preset, `changes`, then what the arm's own keys say; not yet checked."""
     if preset not in PRESETS:
         raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -410,6 +410,8 @@ def make_config(preset: str = "speedrun", **changes) -> Config:
         cfg = cfg.with_(paired=tuple(i for i in m.paired if i not in arm_layers(m)))
     if name not in ("softmax", "selective", "diff_v2") and "qk_dim" not in given:
         cfg = cfg.with_(qk_dim=0)
+    if name == "diff_v1" and "xsa" not in given:
+        cfg = cfg.with_(xsa=False)
     if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
         # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
         # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.
@@ -550,7 +552,8 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
         need(
             m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
-            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex",
+            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
+            "--qk_dim 0",
         )
         need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
         need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
@@ -612,7 +615,8 @@ def parse_args(argv: list[str]) -> Config:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="speedrun", help=f"{' | '.join(PRESETS)} | gpt2")
+    presets = f"{' | '.join(PRESETS)} | gpt2; in brackets below stands what r28 has [speedrun]"
+    parser.add_argument("--preset", default="speedrun", help=presets)
     for part, cls in PARTS.items():
         group = parser.add_argument_group(part)
         for f in dataclasses.fields(cls):
@@ -4594,7 +4598,7 @@ class Run:
         """Weights, optimizer and random numbers of a checkpoint of the same run."""
         if "optimizer" not in state:  # evals/finetune.py keeps such
             raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
-        free = {*PARTS["run"].__dataclass_fields__, "data", "micro_batch_tokens"}
+        free = {*PARTS["run"].__dataclass_fields__, "preset", "data", "micro_batch_tokens"}
         free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
         if any(step.candidates for step in self.steps):
             free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows

@@ -34,12 +34,13 @@ TOKENS = ROOT / "data" / "tokens"
 MAIN_TOKENS = TOKENS / "fineweb-edu"
 FETCH_SHARDS = 9
 FETCH_BYTES = (FETCH_SHARDS + 1) * 200_000_000
+RUN_BYTES = 40_000_000_000  # of a speedrun 17 GB stay, mostly its n-gram table
 TORCH = ((2, 11), (2, 13))  # first and last version that the GPU code runs on
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 SHARD_MAGIC, HEADER_BYTES = 20240520, 256 * 4
 OLDEST = 8.0  # compute capability: BF16 tensor cores
-# (MiB of the card, preset, tokens a kernel call): at 65,536 the speedrun has 56e9 bytes of a
-# card, r28's softmax arm 36e9 and the differential ones 40e9: a 40 GB card needs smaller calls.
+# (MiB of the card, preset, tokens a kernel call): at 65,536 the speedrun takes 56e9 bytes, r28's
+# softmax arm 36e9 and the differential ones 40e9, so that a 40 GB card needs the smaller calls.
 GPU24_MICRO = 16_384  # what preset gpu24 has
 FITS = (
     *((64_000, "speedrun", 65_536), (44_000, "r28", 65_536)),
@@ -343,6 +344,15 @@ def run_folder(args: argparse.Namespace) -> Path:
     return given.parents[1] if given.parent.name == "ckpt" else given
 
 
+def saved_preset(run: Path) -> str:
+    """The preset of a run that is to go on, as its log says it; "" where there is none."""
+    try:
+        with (run / "run.jsonl").open(encoding="utf-8") as log:
+            return str(json.loads(log.readline())["preset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def plan(how: str, words: list[str]) -> list[str]:
     """What run.sh is to run for `speedrun WORDS`, or for a bare `./run.sh WORDS`: speedrun, demo
     or help; GPUs; `have`, or how many shards to download; script; run folder; its words."""
@@ -360,7 +370,8 @@ def plan(how: str, words: list[str]) -> list[str]:
     if d.main == "demo":
         raise InputError(f"the speedrun cannot run, {d.why}: {d.fix}")
     n = count_gpus(args.gpus, d.gpus)
-    line = ["--preset", args.preset] if args.preset else fit_flags(d, n)
+    preset = args.preset or (saved_preset(run_folder(args)) if args.resume else "")
+    line = ["--preset", preset] if preset else fit_flags(d, n)
     line += ["--data", args.data or shown(MAIN_TOKENS)]
     if n > 1 and not args.run_id and not args.resume:  # to find its exit.json
         args.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{line[1]}_{n}gpus"
@@ -498,7 +509,7 @@ def check_compiler() -> Check:
 
 
 def check_disk() -> Iterator[Check]:
-    for name, need in (("data", FETCH_BYTES), ("runs", 10_000_000_000)):
+    for name, need in (("data", FETCH_BYTES), ("runs", RUN_BYTES)):
         folder = ROOT / name if (ROOT / name).exists() else ROOT
         free = shutil.disk_usage(folder).free
         text = f"{free / 1e9:,.1f} GB free at {shown(ROOT / name)}"

@@ -56,7 +56,7 @@ from variants import gpt2
 LOOKS_AN_EPOCH = 2
 CALL_TOKENS = {"cuda": 8192, "cpu": 4096}  # of a training call: dense masks, no compilation
 LR = {"gpt2": 0.1}  # factor on every learning rate of the checkpoint's own recipe
-USUAL_LR = 0.05  # in the speedrun's: for a matrix about what AdamW does at 5e-5
+USUAL_LR = 0.05  # in r28's: for a matrix about what AdamW does at 5e-5
 WARMUP = 0.1
 TABLE = T.RowAdam.NAME  # of an n-gram table among a model's weights
 INTERRUPTED = 130  # the exit code of a shell's Ctrl-C

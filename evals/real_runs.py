@@ -560,7 +560,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--arms", nargs="+", default=arms, metavar="ARM", help=f"({' '.join(arms)})")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of pretraining (0)")
     add("--tune-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
-    add("--preset", default="speedrun", help="of training (speedrun)")
+    add("--preset", default="r28", help="of training (r28)")
     add("--tokens", type=int, default=MOST_TOKENS, metavar="N", help=f"an arm ({MOST_TOKENS:,})")
     add("--epochs", type=int, default=0, metavar="N", help="of fine-tuning (0: the task's)")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="these alone, to try it out")

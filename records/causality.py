@@ -19,7 +19,7 @@ WINDOWS = (48, 25)  # long and short layers, tokens: below a row, so that both b
 EDGES = (30, 31, 70)  # where documents begin, besides at 0; one is a single token
 FAINT = 0.02  # score scale of the selective arms: a token that is masked wholly moves nothing more
 REACH = 20  # so many tokens after a changed one must move, or the check proves nothing
-NARROW = {"d_model": 96, "vocab": 64, "xsa": False}
+NARROW = {"d_model": 96, "vocab": 64}
 NGRAM_ROWS = 1024  # at most: an arm's millions would be filled with random numbers
 
 

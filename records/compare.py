@@ -288,7 +288,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM", help="NAME or path.py:Class, then ,key=value")
     add("--blocks", type=int, required=True, metavar="N", help="blocks wanted in all")
-    add("--preset", default="speedrun", help="of train_gpt.py, or gpt2")
+    add("--preset", default="plain", help="of train_gpt.py, or gpt2 (plain)")
     add("--plan", default="", metavar="NAME", help="a plan in git comes before the first run")
     add("--target", type=float, metavar="LOSS", help="plans a record: a mean of at most this")
     add("--out", type=Path, metavar="FOLDER", help="(records/TRACK/DATE_NAME, or below runs)")
@@ -309,7 +309,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         add("--" + name.replace("_", "-"), default=None, help=argparse.SUPPRESS, **kind)
     args = parser.parse_intermixed_args(argv)
     if args.save_final is None:
-        args.save_final = False  # a gigabyte a run
+        args.save_final = False  # gigabytes a run
     if args.final_val is None and not args.plan:
         args.final_val = False
     flags = ["--preset", args.preset]

@@ -90,8 +90,12 @@ def kind(filed: Filed) -> str:
 
 
 def setting(filed: Filed) -> str:
-    """The preset, and what the claim's "setting" says that comparisons under it do not share."""
-    return ", ".join(filter(None, [filed.figures["preset"], filed.claim.get("setting")]))
+    """The preset by its present name, and what the claim's "setting" says that comparisons under it
+    do not share. What is r28 was called speedrun until 2026-11-28."""
+    preset = filed.figures["preset"]
+    if preset == "speedrun" and not filed.runs[0].header["config"].get("copy"):
+        preset = "r28"
+    return ", ".join(filter(None, [preset, filed.claim.get("setting")]))
 
 
 def p_value(filed: Filed, arm: str, against: str | None = None) -> str:

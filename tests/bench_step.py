@@ -343,7 +343,7 @@ def main() -> None:
     )
     p.add_argument("--data", required=True, help="folder of token shards")
     p.add_argument("--arms", nargs="+", default=["softmax"])
-    p.add_argument("--preset", default="speedrun")
+    p.add_argument("--preset", default="r28")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     p.add_argument("--tokens", type=int, default=393_216, help="tokens a step")
     p.add_argument(

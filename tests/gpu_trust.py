@@ -1,5 +1,5 @@
 """Resume, determinism and the cost of saving, on the machine at hand:
-`python tests/gpu_trust.py --data DIR --out FOLDER`, some 6 minutes for the speedrun on an H100.
+`python tests/gpu_trust.py --data DIR --out FOLDER`, some 6 minutes for preset r28 on an H100.
 
 Two processes compile at the same time, one as runs usually are ("fast") and one with
 --deterministic ("det"), and then train in turn; a third ("fresh") resumes a run of the second.
@@ -13,7 +13,7 @@ Two processes compile at the same time, one as runs usually are ("fast") and one
    not. (A run's own clock stands still while the state is copied.)
 
 Flags that are not listed are the trainer's. FOLDER/trust.json has all figures, the tables come
-last. Six checkpoints stay in FOLDER, some 3 GB each for the speedrun.
+last. Six checkpoints stay in FOLDER, some 3 GB each for r28.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def gap_table(found: dict, first: int) -> list[str]:
 def config(rest: list[str], steps: int) -> T.Config:
     """The trainer's flags as they are, for so many steps, one call of dev at the end, and no other
     evaluation or checkpoint than what is asked for here."""
-    cfg = T.parse_args(rest)
+    cfg = T.parse_args(rest if "--preset" in rest else ["--preset", "r28", *rest])
     stages = cfg.schedule.stages
     mean = sum(s.share * s.tokens for s in stages) / sum(s.share for s in stages)
     changes = {"tokens": round(steps * mean), "dev_tokens": cfg.data.val_call_tokens}

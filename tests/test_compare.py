@@ -744,8 +744,8 @@ def test_a_variants_preset(text_data, tmp_path):
     trainer = worker.make_trainer([*c.flags, "--arm", "diff_v2", "--out", str(tmp_path)])
     said = worker.ready(trainer)
     assert said["source_sha256"]["variant"] == T.sha256(c.code["variants/gpt2.py"])
-    command = {"seed": 3, "data_seed": 0, "tokens": 512, "run_id": "one", "labels": {}}
-    command["park"] = True
+    command = {"seed": 3, "data_seed": 0, "tokens": 512, "run_id": "one"}
+    command |= {"labels": {}, "park": True}
     assert worker.run(trainer, command)["tokens"] == 512
     header = logs.load_run(tmp_path / "one").header
     assert header["source_sha256"] == said["source_sha256"] and header["seed"] == 3

@@ -444,7 +444,7 @@ def test_the_speedrun():
         ("diff_v2", (), 64),
         ("diff_v2,form=light+", (), 64),
         ("diff_v2,form=full,layers=0+4+11", (1, 2, 5, 9), 64),
-        ("diff_v1,xsa=false", (), 0),
+        ("diff_v1", (), 0),
         (f"{H.ARMS / 'temperature.py'}:Temperature", (), 0),
         (f"{H.ARMS / 'temperature.py'}:Temperature,qk_dim=64", (), 64),
     ],
@@ -457,7 +457,9 @@ def test_what_of_the_speedrun_an_arm_cannot_have(arm, paired, qk_dim):
     assert T.config_from_flat(json.loads(json.dumps(cfg.flat()))) == cfg
 
 
-@pytest.mark.parametrize("arm, said", [("diff_v2,paired=1", "--paired"), ("diff_v1", "--xsa")])
+@pytest.mark.parametrize(
+    "arm, said", [("diff_v2,paired=1", "--paired"), ("diff_v1,xsa=true", "--xsa")]
+)
 def test_what_an_arm_cannot_have_is_refused_where_it_is_asked_for(arm, said):
     (problem,) = T.check_config(T.make_config("speedrun", arm=arm))
     assert problem.startswith(said)

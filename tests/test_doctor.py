@@ -310,6 +310,18 @@ def test_asked_gpus(machine, main_tokens, monkeypatch):
     assert plan("--gpus", "2")[1] == 2
 
 
+def test_a_run_goes_on_with_its_own_preset(machine, main_tokens, tmp_path):
+    """Whatever the number of GPUs now, from the run or from one of its checkpoints."""
+    machine(H100, H100)
+    (tmp_path / "run.jsonl").write_text('{"t": "header", "preset": "speedrun"}\n{"t": "st')
+    for resume in (tmp_path, tmp_path / "ckpt" / "step_00000010"):
+        line = plan("--resume", str(resume))[5]
+        assert line[:2] == ["--preset", "speedrun"] and line[-2:] == ["--resume", str(resume)]
+        assert plan("--resume", str(resume), "--preset", "plain")[5][:2] == ["--preset", "plain"]
+    (tmp_path / "run.jsonl").write_text("torn")
+    assert plan("--resume", str(tmp_path))[5][:2] == ["--preset", "r28"]
+
+
 def test_run_folder_of_several_gpus(machine, main_tokens):
     machine(H100, H100)
     *_, run, line = plan()

@@ -348,11 +348,11 @@ REFUSED = {
     "64": ({"head_dim": 64, "n_head": 12}, "--attention fa4: heads of 128, not of --head-dim 64"),
     "qk 32": (
         {"qk_dim": 32},
-        "--attention fa4 has no gradients at --qk-dim 32 for softmax: use flex",
+        "--attention fa4 has no gradients at --qk-dim 32 for softmax: use flex, or --qk-dim 0",
     ),
     "grouped qk": (
         {"qk_dim": 64, "arm": "diff_v2"},
-        "--attention fa4 has no gradients at --qk-dim 64 for diff_v2: use flex",
+        "--attention fa4 has no gradients at --qk-dim 64 for diff_v2: use flex, or --qk-dim 0",
     ),
     "cpu": ({"device": "cpu"}, "--attention fa4 runs on a GPU, not on --device cpu"),
     "fp32": ({"dtype": "float32"}, "--attention fa4 computes in bfloat16, not in --dtype float32"),

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_runs
 import gpu_report
@@ -20,7 +21,7 @@ import helpers as H
 import pytest
 import tamper
 
-from records import leaderboard, logs, slices, verify
+from records import leaderboard, logs, pages, slices, verify
 from records.board import read_board
 
 T = H.T
@@ -507,6 +508,17 @@ def test_comparisons_in_another_setting_have_rows_of_their_own(root, folder):
     assert front(root).count("| `diff_v2` | `softmax` |") == 2 and ", rows of 2,048 |" in front(
         root
     )
+
+
+@pytest.mark.parametrize(
+    "preset, copy, shown",
+    [("speedrun", False, "r28"), ("speedrun", True, "speedrun"), ("plain", False, "plain")],
+)
+def test_a_preset_has_its_present_name(preset, copy, shown):
+    """What is r28 ran as speedrun before that had a copy head."""
+    run = SimpleNamespace(header={"config": {"copy": copy}})
+    filed = SimpleNamespace(figures={"preset": preset}, claim={"setting": "x"}, runs=[run])
+    assert pages.setting(filed) == f"{shown}, x"
 
 
 @pytest.mark.parametrize(
