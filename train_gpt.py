@@ -284,7 +284,12 @@ class RunConfig:
     keep: int = knob(2, "checkpoints kept")
     resume: str = knob("", "run folder or checkpoint to go on from")
     track: str = knob("", "leaderboard track, for the record")
-    require_gpu: bool = knob(False, "refuse to start without one")
+    require_gpu: bool = knob(False, "refuse to start without one, unless --device is cpu")
+
+    @property
+    def wanted_device(self) -> str:
+        """auto | cuda | cpu"""
+        return "cuda" if self.require_gpu and self.device == "auto" else self.device
 
 
 @dataclass(frozen=True)
@@ -400,7 +405,8 @@ def parse_arm(spec: str) -> tuple[str, dict]:
 def make_config(preset: str = "r28", **changes) -> Config:
     """Defaults, the preset, `changes`, then what the arm's own keys say; not yet checked."""
     if preset not in PRESETS:
-        raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
+        elsewhere = "; gpt2 is that of variants/gpt2.py"
+        raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}{elsewhere}")
     cfg = Config(preset=preset).with_(**{**PRESETS[preset], **changes})
     name, keys = parse_arm(cfg.model.arm)
     cfg = cfg.with_(**keys)
@@ -615,7 +621,7 @@ def parse_args(argv: list[str]) -> Config:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    presets = f"{' | '.join(PRESETS)} | gpt2; in brackets below stands what r28 has [speedrun]"
+    presets = f"{' | '.join(PRESETS)} [speedrun]; the defaults in brackets below are r28's"
     parser.add_argument("--preset", default="speedrun", help=presets)
     for part, cls in PARTS.items():
         group = parser.add_argument_group(part)
@@ -732,12 +738,20 @@ class World:
     rank: int = 0
     size: int = 1
 
+    @staticmethod
+    def check(device: str) -> None:
+        """InputError where a GPU is asked for and there is none."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                "no NVIDIA GPU here: --preset demo trains in minutes on a CPU; --device cpu takes "
+                "any preset there, slowly"
+            )
+
     @classmethod
     def start(cls, device: str = "auto") -> World:
         """Reads torchrun's variables; raises InputError where the device asked for is not there."""
+        cls.check(device)
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("no NVIDIA GPU here: use --preset demo, or --device cpu")
         gpu = device != "cpu" and torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
         if gpu and local >= torch.cuda.device_count():
@@ -3677,6 +3691,7 @@ class Trainer:
         problems = check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         if problems:
             raise InputError("; ".join(problems))
+        World.check(cfg.run.wanted_device)
         self.hooks = hooks or Hooks()
         self.corpus = Corpus.open(cfg.data.data, cfg.data.dev)
         self.cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
@@ -3686,7 +3701,7 @@ class Trainer:
         self.corpus.check_tokens()
         if cfg.run.deterministic:
             be_deterministic()
-        self.world = world or World.start("cuda" if cfg.run.require_gpu else cfg.run.device)
+        self.world = world or World.start(cfg.run.wanted_device)
         self.dtype = self.dtype_of(self.cfg.run.dtype)
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.calls: dict[tuple, CallGraph] = {}
@@ -3720,8 +3735,8 @@ class Trainer:
         for stage in self.cfg.schedule.stages:
             if stage.candidates >= classes:
                 raise InputError(
-                    f"--stages {stage}: candidates are fewer than the head's {classes} classes, "
-                    "or 0 for all"
+                    f"--stages {stage}: {stage.candidates} candidates of the {classes} classes "
+                    "that this data has: leave them out, or take --preset demo or r28"
                 )
         rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
         odd = sorted(r for r in rows if r % BLOCK)
@@ -4406,7 +4421,7 @@ class Run:
         self.save(done)
         self.end_save()
         self.finish("signal", done)
-        self.log.say(f"stopped by a signal; go on with --resume {self.folder}")
+        self.log.say(f"stopped by a signal; go on with the same command and --resume {self.folder}")
         raise SystemExit(EXIT_CODES["signal"])
 
     def say_left_out(self) -> None:

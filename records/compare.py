@@ -288,7 +288,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM", help="NAME or path.py:Class, then ,key=value")
     add("--blocks", type=int, required=True, metavar="N", help="blocks wanted in all")
-    add("--preset", default="plain", help="of train_gpt.py, or gpt2 (plain)")
+    add("--preset", default="plain", help="of train_gpt.py, or gpt2 [plain]")
     add("--plan", default="", metavar="NAME", help="a plan in git comes before the first run")
     add("--target", type=float, metavar="LOSS", help="plans a record: a mean of at most this")
     add("--out", type=Path, metavar="FOLDER", help="(records/TRACK/DATE_NAME, or below runs)")

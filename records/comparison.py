@@ -222,7 +222,7 @@ def make_comparison(args: argparse.Namespace, flags: list[str]) -> Comparison:
     configs, controls = with_controls(configure(args.arms, flags, args.gpus), flags, args.gpus)
     cfg = next(iter(configs.values()))
     here = torch.cuda.device_count()
-    if (cfg.run.require_gpu or cfg.run.device == "cuda") and here < args.gpus:
+    if cfg.run.wanted_device == "cuda" and here < args.gpus:
         raise T.InputError(f"{args.gpus} NVIDIA GPU(s) wanted, {here} here: --preset demo has none")
     corpus = T.Corpus.open(cfg.data.data, cfg.data.dev)
     budgets = budgets_of(cfg, corpus, args.fractions)

@@ -162,6 +162,9 @@ def test_a_gpu_preset_without_a_gpu(no_gpu, preset, text_data, tmp_path, capsys)
     message = refusal(["--preset", preset, "--data", str(text_data), *tokens], capsys)
     assert "no NVIDIA GPU here" in message and "--preset demo" in message
     assert not (tmp_path / "runs").exists()
+    assert "no NVIDIA GPU here" in refusal(["--preset", preset], capsys), "before the data"
+    cpu = refusal(["--preset", preset, "--device", "cpu", "--data", str(tmp_path)], capsys)
+    assert "GPU" not in cpu and str(tmp_path) in cpu, "the user's own word"
 
 
 def ramp(n: int) -> np.ndarray:

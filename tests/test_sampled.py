@@ -264,7 +264,7 @@ def test_bad_candidates(stage, part):
 def test_no_more_candidates_than_classes(text_data, tmp_path):
     assert T.padded(H.BYTE_VOCAB) == 272
     cfg = H.tiny(text_data, tmp_path, stages=(T.Stage(1.0, 256, 1.0, (128, 128), 384),))
-    with pytest.raises(T.InputError, match="candidates are fewer than the head's 272 classes"):
+    with pytest.raises(T.InputError, match="candidates of the 272 classes that this data has"):
         T.Trainer(cfg)
 
 
