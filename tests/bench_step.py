@@ -2,8 +2,10 @@
 `torchrun --standalone --nproc-per-node N` on several.
 
 For each arm: seconds of warm-up (compilation), ms a step and tokens/s at some long windows, ms of
-host time a step, peak memory. With --profile, also the GPU time of a step by kind of kernel, and
-between which kernels the GPU was idle; --trace FOLDER keeps the profiles, for Perfetto. On several
+host time a step, peak memory. With --profile, also the GPU time of a step by kind of kernel, for
+all arms side by side, what its products alone would take at the rates that this card reaches in one
+large product, and between which kernels the GPU was idle; --trace FOLDER keeps the profiles, for
+Perfetto. `--show ONE.json ...` prints that table of earlier --out files again. On several
 GPUs also every collective alone, and with --profile how much of NCCL's time no other kernel covers.
 Not a test: it asserts nothing and prints what it measures. `python -m records.scaling --steps
 ONE.json TWO.json` makes of two of its --out files what more GPUs would cost.
@@ -17,10 +19,12 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import gc
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
 import tempfile
@@ -238,21 +242,98 @@ def record(trainer: T.Trainer, keep: str, name: str) -> tuple[list[Span], int]:
             return between_marks(spans_of(json.load(f))), len(first)
 
 
-def print_kinds(spans: list[Span], top: int, steps: int = 1) -> None:
-    sums, names, counts = (collections.Counter() for _ in range(3))
+def by_kind(spans: list[Span], steps: int = 1) -> dict[str, float]:
+    """ms of a step, the most first."""
+    sums = collections.Counter()
     for s in spans:
-        if MARK in s.name:
-            continue
-        sums[kind_of(s.name)] += (s.end - s.start) / steps
-        names[s.name[:90]] += (s.end - s.start) / steps
-        counts[s.name[:90]] += 1
+        if MARK not in s.name:
+            sums[kind_of(s.name)] += (s.end - s.start) / steps
+    return dict(sums.most_common())
+
+
+def print_kinds(spans: list[Span], top: int, steps: int = 1) -> None:
+    names, counts = collections.Counter(), collections.Counter()
+    for s in spans:
+        if MARK not in s.name:
+            names[s.name[:90]] += (s.end - s.start) / steps
+            counts[s.name[:90]] += 1
+    sums = by_kind(spans, steps)
     total = sum(sums.values())
     of = "" if steps == 1 else f", mean of {steps}"
     print(f"GPU time of one step{of} by kind, {total:.1f} ms:")
-    for name, ms in sums.most_common():
+    for name, ms in sums.items():
         print(f"  {name:34s} {ms:8.2f} ms {ms / total:6.1%}")
     for name, ms in names.most_common(top):
         print(f"  {ms:8.2f} ms x{counts[name] / steps:<5g} {name}")
+
+
+@functools.cache
+def ceilings(device: torch.device, n: int = 8192, times: int = 20) -> dict[str, float]:
+    """TFLOP/s of an n x n x n product of random numbers here, in BF16 and, if there is any, FP8."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    calls = {"BF16": lambda: a @ b}
+    if T.fp8_works(device):
+        a8, b8, one = (
+            T.to_fp8(a, 1.0, T.E4M3),
+            T.to_fp8(b, 1.0, T.E4M3),
+            a.new_ones((), dtype=torch.float32),
+        )
+        calls["FP8"] = lambda: T.fp8_mm(a8, b8.t(), one, one, torch.bfloat16, True)
+    rates = {}
+    for name, call in calls.items():
+        for i in range(times + 3):
+            if i == 3:
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+            call()
+        torch.cuda.synchronize()
+        rates[name] = 2 * n**3 * times / (time.perf_counter() - began) / 1e12
+    return rates
+
+
+def flops_of(trainer: T.Trainer, tokens: int, candidates: int, keys: tuple[float, float]) -> dict:
+    """FLOPs of a step's products, forward and backward, by the kind of number that they are in.
+    keys: what a query sees in long and short layers, on average. Not counted: a copy head's scores,
+    Muon, what is computed a second time."""
+    model, rest = trainer.model, T.flops_per_token(trainer.model, *keys)
+    classes, width = model.head.shape
+    head = 6.0 * (candidates or classes) * width
+    rest -= 6.0 * classes * width
+    units = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n and p.ndim == 2)
+    some = {"": 0.0, "forward": 2.0, "both": 4.0}  # of 6 FLOPs for each weight
+    fused = next((b.mlp.fp8 for b in model.blocks if isinstance(b.mlp, T.MLP)), "")
+    eight = some[fused] * units + (head if trainer.fp8 else 0.0)
+    return {"BF16": tokens * (rest + head - eight), "FP8": tokens * eight}
+
+
+def floor(flops: dict, rates: dict) -> float:
+    """ms that these products take at these rates, and nothing else."""
+    return sum(1000 * n / (rates[kind] * 1e12) for kind, n in flops.items() if n)
+
+
+def profile_table(rows: list[dict]) -> str:
+    """ms of a step by kind, a column for each arm; "" where nothing was profiled."""
+    rows = [row for row in rows if "kinds" in row]
+    if not rows:
+        return ""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
+    lines = [
+        f"{chr(65 + i)}: {row['arm']}, {row['tokens']:,} tokens, {row['gpu']}"
+        for i, row in enumerate(rows)
+    ]
+    lines += ["", "| ms of a step | " + " | ".join(chr(65 + i) for i in range(len(rows))) + " |"]
+    lines.append("| --- |" + " ---: |" * len(rows))
+
+    def line(name: str, values: list) -> None:
+        cells = " | ".join("" if v is None else f"{v:.1f}" for v in values)
+        lines.append(f"| {name} | {cells} |")
+
+    for kind in kinds:
+        line(kind, [row["kinds"].get(kind) for row in rows])
+    line("nothing", [row["idle"][0]["idle_ms"] for row in rows])
+    line("all of it", [sum(row["kinds"].values()) + row["idle"][0]["idle_ms"] for row in rows])
+    line("its products alone, at this card's rates", [row.get("floor_ms") for row in rows])
+    return "\n".join(lines)
 
 
 def print_idleness(idle: dict) -> None:
@@ -327,6 +408,13 @@ def measure(arm: str, number: int, args) -> dict:
         spans, steps = record(trainer, args.trace, f"arm{number}_rank{world.rank}")
         row["communication"] = world.gather(communication(spans, steps))
         row["idle"] = world.gather(idleness(spans, steps))
+        row["kinds"] = by_kind(spans, steps)
+        batch = next(trainer.default_batches(trainer.steps[:1], trainer.cfg, world))
+        both = T.windows(trainer.steps[0].window, torch.device("cpu")).tolist()
+        keys = tuple(batch.mean_keys(window) for window in both)
+        row["flops"] = flops_of(trainer, args.tokens // world.size, args.candidates, keys)
+        row["ceilings"] = ceilings(world.device)
+        row["floor_ms"] = floor(row["flops"], row["ceilings"])
         if world.main:
             print_kinds(spans, args.profile, steps)
             print_idleness(row["idle"][0])
@@ -341,7 +429,10 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--data", required=True, help="folder of token shards")
+    p.add_argument("--data", help="folder of token shards")
+    p.add_argument(
+        "--show", nargs="+", metavar="FILE", help="tables of earlier --out files, no run"
+    )
     p.add_argument("--arms", nargs="+", default=["softmax"])
     p.add_argument("--preset", default="r28")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
@@ -357,12 +448,20 @@ def main() -> None:
     )
     p.add_argument("--out", default="", help="write the rows here as JSON")
     args = p.parse_args()
+    if args.show:
+        rows = [row for file in args.show for row in json.loads(Path(file).read_text())]
+        print(profile_table(rows))
+        return
+    if not args.data:
+        p.error("--data DIR")
     if args.trace and not args.profile:
         p.error("--trace keeps what --profile N records")
     T.set_environment()
     rows = []
     for number, arm in enumerate(args.arms):
         rows.append(measure(arm, number, args))
+        if args.out and int(os.environ.get("RANK", 0)) == 0:  # now: a later arm may be cut
+            Path(args.out).write_text(json.dumps(rows, indent=1))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -375,8 +474,8 @@ def main() -> None:
             host = f"host {r['host_ms']['step']:.1f} ms a step, {r['host_ms']['batch']:.1f} a batch"
             begin = f"{r['arm']:28s} warm-up {r['compile_s']:.0f} s  {r['peak_gb']:.1f} GB"
             print(f"{begin}  {rates}  {host}")
-        if args.out:
-            Path(args.out).write_text(json.dumps(rows, indent=1))
+        if any("kinds" in row for row in rows):
+            print(profile_table(rows))
     world.close()
 
 

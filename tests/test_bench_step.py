@@ -146,6 +146,47 @@ def test_idleness_is_printed(capsys):
     assert said[idle + 2].endswith("500 us  host late   250 us  (a step begins) -> a")
 
 
+def test_the_floor_of_a_step(text_data, tmp_path):
+    """FLOPs by hand: 2 blocks of width 32 (4 d^2 of attention, 8 d^2 of MLP) and 272 classes."""
+    trainer = B.T.Trainer(H.tiny(text_data, tmp_path))
+    block, mlp, head, scores = 4 * 32**2, 8 * 32**2, 272 * 32, 4 * 32
+    keys = 3 * scores * (10 + 5)  # the last layer is long
+    whole = 6 * (2 * (block + mlp) + head) + keys
+    gates = sum(p.numel() for n, p in trainer.model.named_parameters() if "gate" in n)
+    got = B.flops_of(trainer, 100, 0, (10.0, 5.0))
+    assert got["FP8"] == 0 and got["BF16"] / 100 == pytest.approx(whole, abs=6 * gates)
+    fewer = B.flops_of(trainer, 100, 128, (10.0, 5.0))
+    assert got["BF16"] - fewer["BF16"] == 100 * 6 * (272 - 128) * 32
+    trainer.fp8 = True
+    for module in trainer.model.modules():
+        if isinstance(module, B.T.MLP):
+            module.fp8 = "both"
+    eight = B.flops_of(trainer, 100, 0, (10.0, 5.0))
+    assert eight["FP8"] == 100 * (6 * head + 4 * 2 * mlp)
+    assert sum(eight.values()) == pytest.approx(sum(got.values()))
+    assert B.floor({"BF16": 4e12, "FP8": 3e12}, {"BF16": 800.0, "FP8": 1500.0}) == 7.0
+    assert B.floor({"BF16": 4e12, "FP8": 0}, {"BF16": 800.0}) == 5.0
+
+
+def test_the_table_of_arms():
+    rows = [
+        {"arm": "softmax", "tokens": 65_536, "gpu": "X", "floor_ms": 40.0}
+        | {"kinds": {"matmul": 50.04, "Adam": 2.0}, "idle": [{"idle_ms": 1.0}]},
+        {"arm": "not profiled", "tokens": 1, "gpu": "X"},
+        {"arm": "diff_v2", "tokens": 65_536, "gpu": "X", "floor_ms": 30.0}
+        | {"kinds": {"matmul": 40.0, "communication": 3.0}, "idle": [{"idle_ms": 0.5}]},
+    ]
+    said = B.profile_table(rows).splitlines()
+    assert said[:2] == ["A: softmax, 65,536 tokens, X", "B: diff_v2, 65,536 tokens, X"]
+    assert said[3:5] == ["| ms of a step | A | B |", "| --- | ---: | ---: |"]
+    assert said[5:] == [
+        *("| matmul | 50.0 | 40.0 |", "| Adam | 2.0 |  |", "| communication |  | 3.0 |"),
+        *("| nothing | 1.0 | 0.5 |", "| all of it | 53.0 | 43.5 |"),
+        "| its products alone, at this card's rates | 40.0 | 30.0 |",
+    ]
+    assert B.profile_table(rows[1:2]) == ""
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_is_profiled(every, kept, tmp_path, monkeypatch):
