@@ -195,7 +195,7 @@ def test_a_folder_without_rights(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, parts",
     [
-        ([], ["no folder of tokens", "--data DIR"]),
+        (["--device", "cpu"], ["no folder of tokens", "--data DIR"]),
         (["--rope", "--softcap", "3"], ["--rope, --softcap", "--preset gpt2"]),
         (["--preset", "demo"], ["--rope", "--preset gpt2"]),
         (["--preset=demo"], ["--rope", "--preset gpt2"]),
