@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import train_gpt as T
-from records import logs
+from records import logs, summary
 from records.comparison import Comparison, slug
 
 # Where a run stands, not what it computes: may differ from sitting to sitting.
@@ -88,6 +88,18 @@ def claim_of(comparison: Comparison, plan: str) -> dict:
     }
 
 
+PLANNED_ELSEWHERE = {"arm", "preset", "vocab"}
+NO_MATTER = {"compile_ahead"}  # to a loss or a time
+
+
+def settings_of(comparison: Comparison) -> dict:
+    """What the flags change of the preset, for all arms, by name; not tokens, seeds or places."""
+    plain = T.make_config(comparison.config.preset).flat()
+    given = T.parse_args(list(comparison.flags)).flat()
+    free = summary.FREE | PLANNED_ELSEWHERE | NO_MATTER
+    return {k: v for k, v in given.items() if v != plain[k] and k not in free}
+
+
 def plan_of(comparison: Comparison, name: str) -> dict:
     numbers = range(1, comparison.blocks + 1)
     seeds, data_seeds = zip(*map(comparison.seeds, numbers))
@@ -109,6 +121,7 @@ def plan_of(comparison: Comparison, name: str) -> dict:
         "data_seeds": list(data_seeds),
         "metric": comparison.metric,
         "rule": {**rule, "alpha": ALPHA, "alternative": "less"},
+        "settings": settings_of(comparison),
         "source_sha256": {name: T.sha256(path) for name, path in comparison.code.items()},
     }
 
@@ -176,6 +189,7 @@ def plan_stands(folder: Path, comparison: Comparison, name: str, runs: bool) -> 
         )
         return False
     said = json.loads(path.read_text())
+    said.setdefault("settings", plan["settings"])  # those before 2026-11-28 had none
     differ = [key for key in plan if key != "created" and said.get(key) != plan[key]]
     if differ:
         was = ", ".join(f"{key} {said.get(key)}, now {plan[key]}" for key in differ)

@@ -489,6 +489,11 @@ def check_planned_runs(filed: Filed) -> Iterator[Finding]:
         for name, value in planned.items():
             if run.header[name] != value:
                 yield Finding(run.path, f"has {name} {run.header[name]}, and plan.json {value}")
+        own = {pair.partition("=")[0] for pair in run.arm.split(",")[1:]}  # the arm's keys win
+        for name, value in plan.get("settings", {}).items():
+            has = run.header["config"].get(name)
+            if name not in own and has != value:
+                yield Finding(run.path, f"has {name} {has}, and plan.json {value}")
 
 
 def place(run: Run) -> tuple:

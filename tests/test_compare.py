@@ -693,6 +693,7 @@ def test_a_plan_is_committed_first(text_data, tmp_path, sittings, capsys):
     assert compare.main(line) == 0 and len(sittings) == 1, "now it runs"
 
     assert "blocks 5, now 6" in refused([*line, "--blocks", "6"], capsys)
+    assert "'matrix_lr': 0.07" in refused([*line, "--matrix-lr", "0.07"], capsys)
     assert "metric" in refused([*line, "--no-final-val"], capsys)
     without = [w for w in line if w not in ("--plan", "does-it")]
     assert "has a plan" in refused(without, capsys)

@@ -463,6 +463,7 @@ FOUR_BLOCKS = {"blocks": 4, "seeds": [0, 1, 2, 3], "data_seeds": [0] * 4}
         ({"metric": "dev_loss"}, "has metric dev_loss, and claim.json val_loss_ext"),
         ({"seeds": [7, 1, 2, 3, 4]}, "has seed 0, and plan.json 7"),
         ({"tokens": [1]}, "has tokens 39321600, and plan.json 1"),
+        ({"settings": {"matrix_lr": 0.5}}, ", and plan.json 0.5"),
         (FOUR_BLOCKS, "b05_diff_v2/run.jsonl: is not in plan.json"),
         ({"source_sha256": {"train_gpt.py": "0"}}, "was made for another code/train_gpt.py"),
         ({"rule": {**ONE_SAMPLE, "threshold": 4.0}}, "must plan a paired test of differences"),
