@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import train_gpt as T
-from records import logs, summary
+from records import logs
 from records.comparison import Comparison, slug
 
 # Where a run stands, not what it computes: may differ from sitting to sitting.
@@ -88,15 +88,11 @@ def claim_of(comparison: Comparison, plan: str) -> dict:
     }
 
 
-PLANNED_ELSEWHERE = {"arm", "preset", "vocab"}
-NO_MATTER = {"compile_ahead"}  # to a loss or a time
-
-
 def settings_of(comparison: Comparison) -> dict:
-    """What the flags change of the preset, for all arms, by name; not tokens, seeds or places."""
+    """What the flags change of the preset, for all arms, by name; a plan has the rest itself."""
     plain = T.make_config(comparison.config.preset).flat()
     given = T.parse_args(list(comparison.flags)).flat()
-    free = summary.FREE | PLANNED_ELSEWHERE | NO_MATTER
+    free = PLACE | {"arm", "track"}
     return {k: v for k, v in given.items() if v != plain[k] and k not in free}
 
 
@@ -258,12 +254,12 @@ def survey(folder: Path, comparison: Comparison) -> tuple[dict[int, list[logs.Ru
     return whole, [path for path in folders if path not in kept]
 
 
-def set_aside(folder: Path, left: list[Path]) -> None:
-    """Moves runs of cut blocks out of sight of whatever reads the folder."""
+def set_aside(folder: Path, left: list[Path], what: str = "its block") -> None:
+    """Moves runs out of sight of whatever reads the folder. what: was cut, for the message."""
     for path in left:
         number = 1
         while (to := folder / "aside" / f"{path.name}.broken-{number}").exists():
             number += 1
         to.parent.mkdir(exist_ok=True)
         path.rename(to)
-        print(f"{path.name}: its block was cut, so it runs anew; the old one is {to}")
+        print(f"{path.name}: {what} was cut, so it runs anew; the old one is {to}")

@@ -8,25 +8,24 @@ of other sizes, windows and classes of the loss, too: all are compiled before th
 learning rates, momentum, adam_every, the tail. Other settings are arms, for `compare`. The first
 variant is what the others are measured against. Every seed runs all variants; the order turns.
 
-Judged on dev_loss; val stays closed. FOLDER/screen.jsonl has a line for each run. The same line
-goes on after a stop: a finished run is not made again, one that was cut goes to FOLDER/aside. A
-screen shows what to test, and decides nothing (RULES.md). Every other flag is train_gpt.py's.
+Judged on dev_loss; val stays closed. FOLDER/NAME_sSEED are the runs. The same line goes on after a
+stop: a finished run is not made again, one that was cut goes to FOLDER/aside. A screen shows what
+to test, and decides nothing (RULES.md). Every other flag is train_gpt.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # run as a file: its own folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import train_gpt as T
-from records import stats
+from records import logs, stats
+from records.folder import PLACE, finished, set_aside
 
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
 RATES = {f.name for f in dataclasses.fields(T.OptimConfig) if f.name.endswith("_lr")}
@@ -59,11 +58,21 @@ def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
     )
 
 
+def rows_of(folder: Path) -> list[dict]:
+    """Of the finished runs below it, in their order: name, seed, dev_loss, train_s."""
+    found = filter(None, map(finished, sorted({p.parent for p in logs.logs_in(folder)})))
+    return [
+        {"name": run.labels["variant"], "seed": run.header["seed"]}
+        | {"dev_loss": run.final("dev_loss"), "train_s": run.end["train_s"]}
+        for run in sorted(found, key=lambda run: run.labels["order"])
+    ]
+
+
 class Screen:
     """A warm Trainer, and the runs so far."""
 
     def __init__(self, base: T.Config, variants: dict[str, dict], folder: Path):
-        self.folder, self.file = folder, folder / "screen.jsonl"
+        self.folder = folder
         self.configs = {name: base.with_(**changes) for name, changes in variants.items()}
         problems = [f"{n}: {p}" for n, c in self.configs.items() for p in T.check_config(c)]
         if problems:
@@ -71,17 +80,13 @@ class Screen:
         self.trainer = T.Trainer(base.with_(stages=all_stages(list(self.configs.values()))))
         if self.trainer.world.size > 1:
             raise T.InputError("one GPU a screen: start one on each, with CUDA_VISIBLE_DEVICES")
-
-    def rows(self) -> list[dict]:
-        """Of screen.jsonl: name, seed, dev_loss, train_s, settings."""
-        if not self.file.exists():
-            return []
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        vocab = self.trainer.cfg.model.vocab
+        self.configs = {name: cfg.with_(vocab=vocab) for name, cfg in self.configs.items()}
 
     def prepare(self, cfg: T.Config) -> None:
         """The trainer's settings and rates; a group with another rate compiles nothing anew."""
         optimizer = self.trainer.optimizer
-        self.trainer.cfg = cfg.with_(vocab=self.trainer.cfg.model.vocab)
+        self.trainer.cfg = cfg
         groups = T.parameter_groups(cfg.optim)
         for bank in optimizer.banks:
             name, (_, p) = next(iter(bank.slots.items()))
@@ -90,37 +95,32 @@ class Screen:
             rate = groups["ngram"].lr
             optimizer.rows.group = dataclasses.replace(optimizer.rows.group, lr=rate)
 
-    def run(self, name: str, seed: int) -> None:
-        cfg, run_id = self.configs[name], f"{name}_s{seed}"
-        if (self.folder / run_id).exists():
-            aside = self.folder / "aside" / f"{run_id}_{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
-            (self.folder / run_id).rename(aside)
-        self.prepare(cfg)
-        self.trainer.reset(seed, cfg.data.data_seed, run_id=run_id)
-        result = self.trainer.run()
-        row = {"name": name, "seed": seed, "dev_loss": result["dev_loss"]}
-        row |= {"train_s": result["train_s"], "config": self.trainer.cfg.flat()}
-        with self.file.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+    def is_done(self, name: str, path: Path) -> bool:
+        """Whether this run is there. InputError where it had other settings."""
+        run = finished(path)
+        if run is None:
+            return False
+        mine, ran = self.configs[name].flat(), run.header["config"]
+        if any(ran.get(k) != mine[k] for k in mine.keys() - PLACE | {"tokens"}):
+            raise T.InputError(f"{self.folder} has {name} with other settings: use --out")
+        return True
 
     def sit(self, seeds: list[int]) -> None:
-        """Every run that is missing. InputError where earlier ones had other settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        done = {}
-        for row in self.rows():
-            mine = self.configs.get(row["name"])
-            given = {k: v for k, v in row["config"].items() if k not in ("seed", "run_id", "vocab")}
-            if mine is not None and any(mine.flat()[k] != v for k, v in given.items()):
-                raise T.InputError(f"{self.file} has {row['name']} with other settings: use --out")
-            done[row["name"], row["seed"]] = row
+        """Every run that is missing."""
         names = list(self.configs)
         for turn, seed in enumerate(seeds):
             at = turn % len(names)
-            for name in names[at:] + names[:at]:
-                if (name, seed) not in done:
-                    self.run(name, seed)
-                    print(table(self.rows(), names), flush=True)
+            for place, name in enumerate(names[at:] + names[:at]):
+                path = self.folder / f"{name}_s{seed}"
+                if self.is_done(name, path):
+                    continue
+                if path.exists():
+                    set_aside(self.folder, [path], "it")
+                self.prepare(self.configs[name])
+                self.trainer.labels = {"variant": name, "order": turn * len(names) + place}
+                self.trainer.reset(seed, self.trainer.cfg.data.data_seed, run_id=path.name)
+                self.trainer.run()
+                print(table(rows_of(self.folder), names), flush=True)
 
 
 def table(rows: list[dict], names: list[str]) -> str:
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--no-final-val", "--no-save-final", "--out", str(args.out)]
         screen = Screen(T.parse_args([*rest, *flags]), variants, args.out)
         screen.sit(args.seeds)
-        print(table(screen.rows(), list(variants)))
+        print(table(rows_of(args.out), list(variants)))
     except T.InputError as e:
         print(f"screen: {e}", file=sys.stderr)
         return T.EXIT_CODES["input"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import helpers as H
 import pytest
 
-from records import screen
+from records import logs, screen
 
 T = H.T
 LINE = (
@@ -27,12 +25,15 @@ def screened(text_data, tmp_path_factory):
     return folder, argv
 
 
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "screen.jsonl").read_text().splitlines()]
+def ended(folder) -> dict:
+    """When each run's log was last written to."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in logs.logs_in(folder)}
 
 
 def test_the_order_turns(screened):
-    order = [(row["name"], row["seed"]) for row in rows(screened[0])]
+    order = [(row["name"], row["seed"]) for row in screen.rows_of(screened[0])]
+    when = ended(screened[0])
+    assert sorted(when, key=when.get) == [f"{name}_s{seed}" for name, seed in order]
     assert order == [
         *[("base", 0), ("fast", 0), ("cut", 0)],
         *[("fast", 1), ("cut", 1), ("base", 1)],
@@ -45,16 +46,16 @@ def test_a_run_is_that_of_a_process_of_its_own(screened, text_data, tmp_path, te
     cfg = H.tiny(text_data, tmp_path, **{**MORE, **changes, "seed": 1, "run_id": "alone"})
     T.train(cfg)
     assert H.losses(screened[0] / f"{name}_s1") == H.losses(tmp_path / "alone")
-    (row,) = [r for r in rows(screened[0]) if (r["name"], r["seed"]) == (name, 1)]
+    (row,) = [r for r in screen.rows_of(screened[0]) if (r["name"], r["seed"]) == (name, 1)]
     looks = [v["dev_loss"] for v in H.read_log(tmp_path / "alone", "val")]
     assert row["dev_loss"] == looks[-1]
 
 
 def test_what_is_done_is_not_done_again(screened, capsys):
     folder, argv = screened
-    before = (folder / "screen.jsonl").read_text()
+    before = ended(folder)
     assert screen.main(argv) == 0
-    assert (folder / "screen.jsonl").read_text() == before
+    assert ended(folder) == before
     said = capsys.readouterr().out
     assert [line.split()[:2] for line in said.splitlines()[-3:]] == [
         *[["base", "2"], ["fast", "2"], ["cut", "2"]],
@@ -66,12 +67,13 @@ def test_what_is_done_is_not_done_again(screened, capsys):
 def test_a_run_that_was_cut_goes_aside(screened, capsys):
     """And is made anew, as it was."""
     folder, argv = screened
-    losses, lines = H.losses(folder / "base_s1"), rows(folder)
-    (folder / "screen.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines[:-1]))
+    losses, rows = H.losses(folder / "base_s1"), screen.rows_of(folder)
+    log = folder / "base_s1" / "run.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert screen.main(argv) == 0
     (aside,) = (folder / "aside").iterdir()
-    assert aside.name.startswith("base_s1_") and H.losses(aside) == losses
-    assert H.losses(folder / "base_s1") == losses and len(rows(folder)) == len(lines)
+    assert aside.name.startswith("base_s1") and H.losses(aside) == losses
+    assert H.losses(folder / "base_s1") == losses and len(screen.rows_of(folder)) == len(rows)
 
 
 def test_the_table():
