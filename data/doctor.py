@@ -357,6 +357,8 @@ def plan(how: str, words: list[str]) -> list[str]:
     """What run.sh is to run for `speedrun WORDS`, or for a bare `./run.sh WORDS`: speedrun, demo
     or help; GPUs; `have`, or how many shards to download; script; run folder; its words."""
     args, rest = speedrun_parser().parse_known_args(words)
+    if args.resume and not args.preset:
+        args.preset = saved_preset(run_folder(args))
     script = "variants/gpt2.py" if args.preset == "gpt2" else "train_gpt.py"
     if not (ROOT / script).exists():
         raise InputError(f"--preset {args.preset} needs {script}, which is not here")
@@ -370,8 +372,7 @@ def plan(how: str, words: list[str]) -> list[str]:
     if d.main == "demo":
         raise InputError(f"the speedrun cannot run, {d.why}: {d.fix}")
     n = count_gpus(args.gpus, d.gpus)
-    preset = args.preset or (saved_preset(run_folder(args)) if args.resume else "")
-    line = ["--preset", preset] if preset else fit_flags(d, n)
+    line = ["--preset", args.preset] if args.preset else fit_flags(d, n)
     line += ["--data", args.data or shown(MAIN_TOKENS)]
     if n > 1 and not args.run_id and not args.resume:  # to find its exit.json
         args.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{line[1]}_{n}gpus"

@@ -35,6 +35,8 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench_kernels
+
 import train_gpt as T
 
 KINDS = (
@@ -268,7 +270,7 @@ def print_kinds(spans: list[Span], top: int, steps: int = 1) -> None:
 
 
 @functools.cache
-def ceilings(device: torch.device, n: int = 8192, times: int = 20) -> dict[str, float]:
+def ceilings(device: torch.device, n: int = 8192) -> dict[str, float]:
     """TFLOP/s of an n x n x n product of random numbers here, in BF16 and, if there is any, FP8."""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     calls = {"BF16": lambda: a @ b}
@@ -279,16 +281,8 @@ def ceilings(device: torch.device, n: int = 8192, times: int = 20) -> dict[str, 
             a.new_ones((), dtype=torch.float32),
         )
         calls["FP8"] = lambda: T.fp8_mm(a8, b8.t(), one, one, torch.bfloat16, True)
-    rates = {}
-    for name, call in calls.items():
-        for i in range(times + 3):
-            if i == 3:
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-            call()
-        torch.cuda.synchronize()
-        rates[name] = 2 * n**3 * times / (time.perf_counter() - began) / 1e12
-    return rates
+    ms = bench_kernels.in_turns(*calls.values())
+    return {name: 2 * n**3 / each / 1e9 for name, each in zip(calls, ms, strict=True)}
 
 
 def flops_of(trainer: T.Trainer, tokens: int, candidates: int, keys: tuple[float, float]) -> dict:

@@ -318,6 +318,8 @@ def test_a_run_goes_on_with_its_own_preset(machine, main_tokens, tmp_path):
         line = plan("--resume", str(resume))[5]
         assert line[:2] == ["--preset", "speedrun"] and line[-2:] == ["--resume", str(resume)]
         assert plan("--resume", str(resume), "--preset", "plain")[5][:2] == ["--preset", "plain"]
+    (tmp_path / "run.jsonl").write_text('{"t": "header", "preset": "gpt2"}')
+    assert plan("--resume", str(tmp_path))[3] == "variants/gpt2.py"
     (tmp_path / "run.jsonl").write_text("torn")
     assert plan("--resume", str(tmp_path))[5][:2] == ["--preset", "r28"]
 
