@@ -4,6 +4,7 @@ arm; padding, generation, tokenizers, the Evaluation Harness; what is refused.""
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import shutil
 import subprocess
@@ -493,9 +494,11 @@ def test_loss_and_gradients(name, pairs):
 @torch.no_grad()
 def test_options_of_forward(pairs):
     model, tokens = pairs("diff_v2").theirs, some_tokens(2, 40)
+    exact = copy.deepcopy(model).double()  # in fp32 a product of fewer rows may round otherwise
+    last = exact(tokens, logits_to_keep=3).logits
+    assert gap(last, exact(tokens).logits[:, -3:]) < 1e-6
     whole = model(tokens, output_hidden_states=True)
     assert len(whole.hidden_states) == 5
-    assert gap(model(tokens, logits_to_keep=3).logits, whole.logits[:, -3:]) < 1e-5
     assert gap(model(tokens, return_dict=False)[0], whole.logits) == 0
     with pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 64))
