@@ -84,6 +84,7 @@ def run_with_grad(call, inputs: dict[str, Tensor], seeds: list[Tensor]) -> dict[
 
 
 SPANS = (200, 700)  # windows: token-exact, no multiples of a block
+DRAWS = 4  # of the outputs' gradients: a scalar's gradient may all but cancel for one of them
 
 
 def check_errors(errors: dict[str, tuple[float, float]]) -> None:
@@ -151,7 +152,8 @@ class Layers(T.GPT):
 
 
 def compare_arms(arms: dict[str, dict], batch=2, length=1024, mean=400, device=DEVICE, wrap=None):
-    """{(arm, window): {tensor: (error of Flex, of the dense path)}}, all parameters and inputs."""
+    """{(arm, window): {tensor: (error of Flex, of the dense path)}}, all parameters and inputs; a
+    gradient's is that of all draws together."""
     layers = Layers(arms, length).to(device)
     compiled = wrap(layers) if wrap else layers
     docs, gen = random_docs(batch, length, mean).to(device), torch.Generator().manual_seed(4)
@@ -162,7 +164,7 @@ def compare_arms(arms: dict[str, dict], batch=2, length=1024, mean=400, device=D
     d = layers.blocks[0].attn.o.weight.size(0)
     xs = [T.norm(rand(d)).bfloat16().requires_grad_() for _ in arms]
     ves = [rand(b.attn.arm.kv_width).bfloat16().requires_grad_() for b in layers.blocks]
-    seeds = [rand(d).bfloat16() for _ in arms]
+    draws = [[rand(d).bfloat16() for _ in arms] for _ in range(DRAWS)]
     params = {
         n.removeprefix("blocks.").replace(".attn.", "."): p for n, p in layers.named_parameters()
     }
@@ -175,7 +177,9 @@ def compare_arms(arms: dict[str, dict], batch=2, length=1024, mean=400, device=D
 
     def run(call, xs, ves, flex, window):
         layers.flex = flex
-        return run_with_grad(lambda: call(xs, ves, docs, window), leaves(xs, ves), seeds)
+        inputs = leaves(xs, ves)
+        each = [run_with_grad(lambda: call(xs, ves, docs, window), inputs, s) for s in draws]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     exact = [[t.detach().float().requires_grad_() for t in ts] for ts in (xs, ves)]
     result = {}
