@@ -5,8 +5,9 @@ For each arm: seconds of warm-up (compilation), ms a step and tokens/s at some l
 host time a step, peak memory. With --profile, also the GPU time of a step by kind of kernel, for
 all arms side by side, what its products alone would take at the rates that this card reaches in one
 large product, and between which kernels the GPU was idle; --trace FOLDER keeps the profiles, for
-Perfetto. `--show ONE.json ...` prints that table of earlier --out files again. On several
-GPUs also every collective alone, and with --profile how much of NCCL's time no other kernel covers.
+Perfetto. --also TOKENS times larger steps of calls of the same shape, from the same compilation.
+`--show ONE.json ...` prints that table of earlier --out files again. On several GPUs also every
+collective alone, and with --profile how much of NCCL's time no other kernel covers.
 Not a test: it asserts nothing and prints what it measures. `python -m records.scaling --steps
 ONE.json TWO.json` makes of two of its --out files what more GPUs would cost.
 
@@ -68,6 +69,18 @@ def build(arm: str, args) -> T.Trainer:
     )
     cfg = cfg.with_(**{k: T.parse_value(k, v) for k, v in changes.items()})
     return T.Trainer(cfg)
+
+
+def other_steps(trainer: T.Trainer, tokens: int) -> None:
+    """From now on the trainer's steps have so many tokens, in calls of the same shape: so nothing
+    is compiled anew. ValueError where they would not."""
+    (stage,), steps = trainer.cfg.schedule.stages, len(trainer.steps)
+    before, after = trainer.call_shape(stage.tokens), trainer.call_shape(tokens)
+    if before != after:
+        raise ValueError(f"--also {tokens}: calls of {after}, not {before}: --set row_tokens=N")
+    stages = (T.dataclasses.replace(stage, tokens=tokens),)
+    trainer.cfg = trainer.cfg.with_(stages=stages, tokens=steps * tokens)
+    trainer.plan()
 
 
 def timed(trainer: T.Trainer, window: int, steps: int) -> float:
@@ -397,6 +410,7 @@ def measure(arm: str, number: int, args) -> dict:
     row |= {"compile_s": round(trainer.compile_s, 1), "peak_gb": peak, "ms": ms}
     row["tokens_per_s"] = {w: args.tokens / v * 1000 for w, v in ms.items()}
     row["host_ms"] = host_times(trainer, args.steps)
+    row["also"] = {}
     row["collectives"] = collectives(trainer)
     if args.profile and world.cuda:
         spans, steps = record(trainer, args.trace, f"arm{number}_rank{world.rank}")
@@ -412,6 +426,9 @@ def measure(arm: str, number: int, args) -> dict:
         if world.main:
             print_kinds(spans, args.profile, steps)
             print_idleness(row["idle"][0])
+    for tokens in args.also:
+        other_steps(trainer, tokens)
+        row["also"][tokens] = {w: round(timed(trainer, w, args.steps), 2) for w in args.windows}
     if world.main:
         print(json.dumps(row), flush=True)
         if world.size > 1:
@@ -431,6 +448,9 @@ def main() -> None:
     p.add_argument("--preset", default="r28")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     p.add_argument("--tokens", type=int, default=393_216, help="tokens a step")
+    p.add_argument(
+        "--also", type=int, nargs="+", default=[], metavar="TOKENS", help="of other steps, timed"
+    )
     p.add_argument(
         "--candidates", type=int, default=0, metavar="P", help="classes of the loss (0: all)"
     )
@@ -468,6 +488,10 @@ def main() -> None:
             host = f"host {r['host_ms']['step']:.1f} ms a step, {r['host_ms']['batch']:.1f} a batch"
             begin = f"{r['arm']:28s} warm-up {r['compile_s']:.0f} s  {r['peak_gb']:.1f} GB"
             print(f"{begin}  {rates}  {host}")
+            for tokens, ms in r["also"].items():
+                each = "  ".join(f"{w}: {v:.1f} ms" for w, v in ms.items())
+                rate = 1000 * tokens * len(ms) / sum(ms.values())
+                print(f"  steps of {tokens:,} tokens  {each}  by equal shares {rate:,.0f}/s")
         if any("kinds" in row for row in rows):
             print(profile_table(rows))
     world.close()

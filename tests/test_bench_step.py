@@ -273,9 +273,10 @@ def test_two_ranks_time_their_collectives(text_data, tmp_path):
     cfg = H.tiny(text_data, "runs")
     keys = ("n_layer", "d_model", "n_head", "head_dim", "long_layers", "backout", "row_tokens")
     flat, out = cfg.flat(), tmp_path / "two.json"
-    small = [f"{k}={flat[k]}" for k in keys]
+    small = [f"{k}={flat[k]}" for k in keys] + ["row_tokens=32", "micro_batch_tokens=128"]
     argv = ["--preset", "demo", "--data", str(text_data), "--tokens", "256", "--steps", "1"]
-    argv += ["--windows", "128", "--profile", "3", "--out", str(out), "--set", *small]
+    argv += ["--windows", "128", "--profile", "3", "--out", str(out)]
+    argv += ["--also", "512", "--set", *small]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(H.ROOT / "tests/bench_step.py"), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -283,6 +284,7 @@ def test_two_ranks_time_their_collectives(text_data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(out.read_text())
     assert row["world"] == 2 and row["ms"]["128"] > 0 and "communication" not in row
+    assert row["also"]["512"]["128"] > 0 and "steps of 512 tokens  128: " in done.stdout
     assert row["host_ms"]["step"] > 0 and row["host_ms"]["batch"] >= 0
     whats = [c["what"] for c in row["collectives"]]
     assert whats == ["reduce-scatter", "all-gather"] * (len(whats) // 2)
