@@ -4,7 +4,8 @@
 
 One JSON object a line, over stdin and stdout:
 
-    worker   {"ready": {source_sha256, data, params, flops_per_token, compile_s}}, compiled, parked
+    worker   {"ready": {source_sha256, data, params, flops_per_token, compile_s}}, compiled, and
+             parked unless the environment says RECORDS_WORKER_ALONE=1
     compare  {"seed", "data_seed", "tokens", "run_id", "labels", "park"}
     worker   {"done": figures of `Trainer.run`}, parked again where "park" says so; or
              {"failed": {code, reason}}, and it ends with that exit code
@@ -36,6 +37,7 @@ import torch.distributed as dist
 import train_gpt as T
 
 ABANDONED = T.EXIT_CODES["signal"]
+ALONE = "RECORDS_WORKER_ALONE"  # in the environment, "1": no other arm waits for the GPU's memory
 
 
 def hooks_of(preset: str) -> Callable[[T.Config], T.Hooks] | None:
@@ -98,7 +100,7 @@ def make_trainer(argv: list[str]) -> T.Trainer:
 
 
 def ready(trainer: T.Trainer) -> dict:
-    """Warms up and parks; what compare wants to know before the first run."""
+    """Warms up, and parks for other arms; what compare wants to know before the first run."""
     trainer.warm_up()
     last = T.windows(trainer.steps[-1].window, torch.device("cpu")).tolist()
     said = {
@@ -108,7 +110,8 @@ def ready(trainer: T.Trainer) -> dict:
         "flops_per_token": float(T.flops_per_token(trainer.model, *last)),
         "compile_s": round(trainer.compile_s, 2),
     }
-    trainer.park()
+    if os.environ.get(ALONE) != "1":
+        trainer.park()
     return said
 
 

@@ -194,6 +194,23 @@ def test_a_parked_trainer_warms_up_again_and_names_its_code_once(text_data, arms
     assert sources[0] == sources[1] and sources[0]["arm"] == T.sha256(Path(arms))
 
 
+def test_an_arm_alone_stays_warm(text_data, tmp_path, monkeypatch):
+    """Where no other arm waits for the memory, a worker is told not to park after its warm-up."""
+    trainer = T.Trainer(H.tiny(text_data, tmp_path))
+    monkeypatch.setenv(worker.ALONE, "1")
+    worker.ready(trainer)
+    assert trainer.warm
+    monkeypatch.delenv(worker.ALONE)
+    worker.ready(trainer)
+    assert not trainer.warm
+    told = []
+    fake = SimpleNamespace(PIPE=None, Popen=lambda command, **how: told.append(how["env"]))
+    monkeypatch.setattr(compare, "subprocess", fake)
+    for arms in (("softmax",), ("softmax", "diff_v2")):
+        compare.Worker("softmax", comparison_of(text_data, *arms), tmp_path, 0)
+    assert [env.get(worker.ALONE) for env in told] == ["1", None]
+
+
 @pytest.mark.gpu
 def test_a_parked_trainer_leaves_the_gpu_to_others(tmp_path):
     """A 12 x 768 model with value tables: at most 6 GB of allocator stay, and it runs on."""
