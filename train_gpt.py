@@ -66,8 +66,6 @@ except ImportError:
 
 SCHEMA = 1  # of run.jsonl and meta.json
 HERE = Path(__file__).resolve().parent
-
-
 IMPORTED_AT = time.time()
 
 
@@ -385,7 +383,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-# Beside those.
+# What an arm may set of RunConfig, beside all of ModelConfig and OptimConfig.
 ARM_ALSO = ("fp8", "attention", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs")
 
 
@@ -458,21 +456,41 @@ def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
 LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
 LEAST = {"lambda_bias": -LARGEST, "backout": -1}  # of the others: 0
 
+Need = Callable[[bool, str], None]  # takes note of the sentence where it is not so
+
 
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     """Everything that cannot run, one sentence each; needs neither GPU nor data."""
-    m, s, d, r = cfg.model, cfg.schedule, cfg.data, cfg.run
     bad = []
 
     def need(ok: bool, message: str) -> None:
         if not ok:  # flags as the command line writes them
             bad.append(re.sub(r"--\w+", lambda flag: flag[0].replace("_", "-"), message))
 
+    check_numbers(cfg, need)
+    check_shape(cfg.model, need)
+    check_blocks(cfg.model, need)
+    check_arm(cfg.model, need)
+    check_selective(cfg, need)
+    check_optimizer(cfg.optim, need)
+    check_schedule(cfg, world_size, need)
+    check_data(cfg.data, need)
+    check_run(cfg.run, need)
+    check_fa4(cfg, need)
+    return bad
+
+
+def check_numbers(cfg: Config, need: Need) -> None:
+    """Every number is finite, and none is below the least that it can mean."""
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
         if f.type in ("int", "float"):
             least = LEAST.get(name, 0)
             need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
+
+
+def check_shape(m: ModelConfig, need: Need) -> None:
+    """Widths that divide as the model divides them, and what acts on parts of them."""
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
@@ -481,94 +499,16 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         not m.qk_dim or fits,
         f"--qk_dim {m.qk_dim}: a divisor of --head_dim {m.head_dim}, 16 or more, by 8",
     )
-    if m.half_rope and m.rope:
-        need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
-    check_blocks(m, need)
-    check_selective(cfg, need)
+    half = m.rope and m.half_rope
+    fits = not half or m.head_dim % 4 == 0
+    need(fits, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
+    need(half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     fits = m.ngram % 128 == 0 and m.ngram < 2**31
     need(fits, f"--ngram {m.ngram}: rows by 128, fewer than 2^31")
-    rotates_half = m.rope and m.half_rope
-    need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
-    need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
-    every, clips = cfg.optim.adam_every, cfg.optim.grad_clip > 0
-    need(every >= 1, f"--adam_every {every}: 1 or more")
-    need(every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
-    tail, apart, blend = cfg.optim.tail, cfg.optim.tail_every, cfg.optim.tail_blend
-    need(tail <= 1, f"--tail {tail}: a share of the steps, 0 to 1")
-    need(apart >= 1, f"--tail_every {apart}: 1 or more")
-    need(blend <= 1, f"--tail_blend {blend}: a share, 0 to 1")
-    for name in ("head_betas", "value_betas", "scalar_betas"):
-        betas = getattr(cfg.optim, name)
-        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-        need(fits, f"--{name} {format_value(betas)}: beta1+beta2, each 0 or more and below 1")
-    name, keys = parse_arm(m.arm)
-    need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
-    need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
-    if name == "diff_v2":
-        need(m.form == "full" or m.n_head % 2 == 0, f"{m.form} needs an even --n_head")
-    if name == "diff_v1":
-        qk = v1_qk_dim(m)
-        need(
-            (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
-            f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
-        )
-        need(
-            not m.qk_dim,
-            f"--qk_dim {m.qk_dim}: diff_v1's queries and keys have a width of their own",
-        )
-    need(not (m.xsa and name == "diff_v1"), "--xsa: diff_v1 normalises its heads, no own value")
     need(m.softcap <= 80, f"--softcap {m.softcap}: 80 or less, or exp(-softcap) is 0 in fp32")
-    need(len(s.stages) > 0, "--stages is empty")
-    need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
-    for st in s.stages:
-        rows, row = step_rows(st.tokens, max(1, d.row_tokens))
-        need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
-        need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
-        need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
-        need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
-        sampled = st.candidates >= 0 and st.candidates % 128 == 0
-        need(sampled, f"--stages {st}: candidates by 128, or 0 for the whole vocabulary")
-        need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
-        need(
-            rows % world_size == 0,
-            f"--stages {st}: its {rows} rows do not divide over {world_size} ranks",
-        )
-    need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
-    need(
-        d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0,
-        "--val_call_tokens: whole rows",
-    )
-    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
-    need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
-    need(r.looks <= 20, f"--looks {r.looks}: at most 20")
-    need(r.keep >= 1, "--keep 1 or more")
-    need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
-    for flag, v, half in (
-        ("dtype", r.dtype, "bfloat16"),
-        ("muon_dtype", cfg.optim.muon_dtype, "float16"),
-    ):
-        need(v in ("auto", half, "float32"), f"--{flag} {v!r}: auto, {half} or float32")
-    need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
-    need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
-    if r.attention == "fa4":
-        need(
-            name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
-        )
-        need(not m.selective, "--attention fa4 has no --selective: use flex")
-        need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
-        need(
-            m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
-            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
-            "--qk_dim 0",
-        )
-        need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
-        need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
-    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
-    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
-    return bad
 
 
-def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
+def check_blocks(m: ModelConfig, need: Need) -> None:
     """What names blocks names some that are there and, where it matters, have attention."""
     names = ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers")
     for name in (*names, "paired"):
@@ -589,7 +529,27 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
 
 
-def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
+def check_arm(m: ModelConfig, need: Need) -> None:
+    """An arm that is there, and heads that it can be made of."""
+    name, _ = parse_arm(m.arm)
+    need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
+    need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
+    if name == "diff_v2":
+        need(m.form == "full" or m.n_head % 2 == 0, f"{m.form} needs an even --n_head")
+    if name == "diff_v1":
+        qk = v1_qk_dim(m)
+        need(
+            (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
+            f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
+        )
+        need(
+            not m.qk_dim,
+            f"--qk_dim {m.qk_dim}: diff_v1's queries and keys have a width of their own",
+        )
+        need(not m.xsa, "--xsa: diff_v1 normalises its heads, no own value")
+
+
+def check_selective(cfg: Config, need: Need) -> None:
     """What the selective arms ask for: rows that can be squared."""
     m, d = cfg.model, cfg.data
     name, _ = parse_arm(m.arm)
@@ -613,8 +573,88 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
             need(False, f"--{call} {tokens}: {said}; {fit} would do")
 
 
-def parse_args(argv: list[str]) -> Config:
-    """The command line; raises one InputError that names everything wrong with it at once."""
+def check_optimizer(o: OptimConfig, need: Need) -> None:
+    """Shares, betas and the like within what they can be."""
+    need(o.normuon < 1, f"--normuon {o.normuon} must be < 1")
+    need(o.adam_every >= 1, f"--adam_every {o.adam_every}: 1 or more")
+    clips = o.grad_clip > 0
+    need(o.adam_every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
+    need(o.tail <= 1, f"--tail {o.tail}: a share of the steps, 0 to 1")
+    need(o.tail_every >= 1, f"--tail_every {o.tail_every}: 1 or more")
+    need(o.tail_blend <= 1, f"--tail_blend {o.tail_blend}: a share, 0 to 1")
+    for name in ("head_betas", "value_betas", "scalar_betas"):
+        betas = getattr(o, name)
+        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        need(fits, f"--{name} {format_value(betas)}: beta1+beta2, each 0 or more and below 1")
+    known = o.muon_dtype in ("auto", "float16", "float32")
+    need(known, f"--muon_dtype {o.muon_dtype!r}: auto, float16 or float32")
+
+
+def check_schedule(cfg: Config, world_size: int, need: Need) -> None:
+    """Stages that a run can be planned of, and phases of it that leave room for each other."""
+    s = cfg.schedule
+    need(len(s.stages) > 0, "--stages is empty")
+    need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
+    for st in s.stages:
+        check_stage(st, cfg.data.row_tokens, world_size, need)
+    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
+    need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
+
+
+def check_stage(st: Stage, row_tokens: int, world_size: int, need: Need) -> None:
+    """One stage, whose steps are whole rows that divide over the ranks."""
+    rows, row = step_rows(st.tokens, max(1, row_tokens))
+    need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
+    need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
+    need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
+    need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
+    sampled = st.candidates >= 0 and st.candidates % 128 == 0
+    need(sampled, f"--stages {st}: candidates by 128, or 0 for the whole vocabulary")
+    need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
+    divides = rows % world_size == 0
+    need(divides, f"--stages {st}: its {rows} rows do not divide over {world_size} ranks")
+
+
+def check_data(d: DataConfig, need: Need) -> None:
+    """Rows, and calls of whole rows."""
+    need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
+    whole = d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0
+    need(whole, "--val_call_tokens: whole rows")
+
+
+def check_run(r: RunConfig, need: Need) -> None:
+    """Words that are known, and a folder's name that stays inside --out."""
+    need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
+    known = r.dtype in ("auto", "bfloat16", "float32")
+    need(known, f"--dtype {r.dtype!r}: auto, bfloat16 or float32")
+    need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
+    need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
+    need(r.looks <= 20, f"--looks {r.looks}: at most 20")
+    need(r.keep >= 1, "--keep 1 or more")
+    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
+    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
+
+
+def check_fa4(cfg: Config, need: Need) -> None:
+    """What FlashAttention-4's kernels ask for, where they are to run."""
+    m, r = cfg.model, cfg.run
+    if r.attention != "fa4":
+        return
+    name, _ = parse_arm(m.arm)
+    need(name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm")
+    need(not m.selective, "--attention fa4 has no --selective: use flex")
+    need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
+    need(
+        m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
+        f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
+        "--qk_dim 0",
+    )
+    need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
+    need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """--preset, and a flag for every field of the config."""
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         description=__doc__.split("\n\n")[0],
@@ -633,7 +673,12 @@ def parse_args(argv: list[str]) -> Config:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
                 group.add_argument(flag, metavar=f.type.upper()[:5], help=text)
-    args, unknown = parser.parse_known_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The command line; raises one InputError that names everything wrong with it at once."""
+    args, unknown = make_parser().parse_known_args(argv)
     errors = [f"unknown flag {u!r} (--help lists them)" for u in unknown if u.startswith("-")]
     errors += [f"stray word {u!r}" for u in unknown if not u.startswith("-")]
     changes = {}
@@ -686,42 +731,61 @@ class Step:
 
 
 def plan_steps(cfg: Config, budget: int) -> list[Step]:
-    """The whole run as a table of steps that trains at most `budget` tokens.
-
-    lr: a constant times the stage's factor, then linear to the floor (records 18-46); the long
-    window grows linearly within its stage in multiples of 128 (record 13).
-    """
+    """The whole run as a table of steps that trains at most `budget` tokens. The long window grows
+    linearly within its stage, in multiples of 128 (record 13)."""
     s, o = cfg.schedule, cfg.optim
-    shares = np.cumsum([st.share for st in s.stages]) / sum(st.share for st in s.stages)
-    mean = sum(st.share * st.tokens for st in s.stages) / sum(st.share for st in s.stages)
+    counts = count_steps(s.stages, budget)
+    total, steps, start = sum(counts), [], 0
+    for k, (stage, count) in enumerate(zip(s.stages, counts, strict=True)):
+        first, (low, high) = len(steps), stage.window
+        for i in range(first, first + count):
+            after = total - 1 - i  # steps; the last one updates all and is a sample
+            grown = low + (high - low) * ((i - first) / max(1, count - 1))
+            step = Step(
+                index=i,
+                stage=k,
+                tokens=stage.tokens,
+                lr=lr_at(i, total, stage, s),
+                momentum=momentum_at(i, total, o),
+                window=math.ceil(grown / 128) * 128,
+                start=start,
+                tied=cfg.model.tie and i < round(s.untie * total),
+                adam=after % o.adam_every == 0,
+                sample=after < round(o.tail * total) and after % o.tail_every == 0,
+                candidates=stage.candidates,
+            )
+            steps.append(step)
+            start = step.end
+    return steps
+
+
+def count_steps(stages: tuple[Stage, ...], budget: int) -> list[int]:
+    """Steps of each stage: as many as the budget has tokens for, dealt out by their shares."""
+    whole = sum(st.share for st in stages)  # 1, but for rounding
+    shares = np.cumsum([st.share for st in stages]) / whole
+    mean = sum(st.share * st.tokens for st in stages) / whole
     total = int(budget / mean + 1e-6)
     while True:
         ends = [round(total * share) for share in shares]
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
-        if sum(n * st.tokens for n, st in zip(counts, s.stages, strict=True)) <= budget:
-            break
+        if sum(n * st.tokens for n, st in zip(counts, stages, strict=True)) <= budget:
+            return counts
         total -= 1  # rounding may favour the larger stages
-    steps, start = [], 0
-    for i in range(total):
-        k = next(k for k, end in enumerate(ends) if i < end)
-        st, first = s.stages[k], ends[k] - counts[k]
-        part = (i - first) / max(1, counts[k] - 1)
-        grown = st.window[0] + (st.window[1] - st.window[0]) * part
-        left = (total - i) / max(1, round(s.cooldown * total))  # 1 at the cooldown's first step
-        lr = st.lr if left >= 1 else st.lr * left + s.lr_floor * (1 - left)
-        lr *= min(1.0, (i + 1) / max(1, round(s.warmup * total)))
-        warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
-        cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
-        mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
-        tied = cfg.model.tie and i < round(s.untie * total)
-        after = total - 1 - i  # steps; the last one updates all and is a sample
-        adam = after % o.adam_every == 0
-        sample = after < round(o.tail * total) and after % o.tail_every == 0
-        window = math.ceil(grown / 128) * 128
-        each = (i, k, st.tokens, lr, mu, window, start, tied, adam, sample, st.candidates)
-        steps.append(Step(*each))
-        start += st.tokens
-    return steps
+
+
+def lr_at(i: int, total: int, stage: Stage, s: ScheduleConfig) -> float:
+    """Step i's factor on every group's lr: its stage's, in the cooldown linear to the floor
+    (records 18-46)."""
+    left = (total - i) / max(1, round(s.cooldown * total))  # 1 at the cooldown's first step
+    lr = stage.lr if left >= 1 else stage.lr * left + s.lr_floor * (1 - left)
+    return lr * min(1.0, (i + 1) / max(1, round(s.warmup * total)))
+
+
+def momentum_at(i: int, total: int, o: OptimConfig) -> float:
+    """Step i's momentum of Muon: it rises from its start, and falls back to it at the end."""
+    warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
+    cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
+    return o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
 
 
 # ---- 2. World -----------------------------------------------------------------------------------
