@@ -10,8 +10,8 @@ that two arms differ in nothing else. What has been measured stands in README.md
     python train_gpt.py --preset demo --data DIR                 # a CPU, in minutes
     python train_gpt.py --help                                   # every knob, with its unit
 
-Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run log,
-9 Checkpoint, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
+Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run folder,
+9 Process, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
 """
 
 from __future__ import annotations
@@ -2925,6 +2925,7 @@ class Optimizer:
 
 SHARD_MAGIC = 20240520
 HEADER_BYTES = 256 * 4
+SPLITS = ("train", "dev", "val")
 DEV_TOKENS = 2_097_152  # held out of train where nothing else is named
 EDGES = (128, 512, 1024, 2048, 4096)  # of the positions that losses are reported by
 
@@ -3068,9 +3069,6 @@ class Corpus:
                     raise InputError(f"{path} has {said}: it was made with another tokenizer")
 
 
-SPLITS = ("train", "dev", "val")
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -3095,10 +3093,10 @@ class TokenStream:
         self.cache: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def order(self, turn: int) -> np.ndarray:
-        n = len(self.shards)
-        return (
-            np.random.default_rng((self.seed, turn)).permutation(n) if self.seed else np.arange(n)
-        )
+        """Indices of the shards as this pass reads them."""
+        if not self.seed:
+            return np.arange(len(self.shards))
+        return np.random.default_rng((self.seed, turn)).permutation(len(self.shards))
 
     def load(self, turn: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, first: whether a token opens a document) of a shard as this pass has it."""
@@ -3108,13 +3106,9 @@ class TokenStream:
             first = tokens == self.eot
             first[:1] = True
             if self.seed:
-                parts = np.split(tokens, np.flatnonzero(first)[1:])
                 rng = np.random.default_rng((self.seed, turn, index))
-                parts = [parts[i] for i in rng.permutation(len(parts))]
-                tokens = np.concatenate(parts)
-                first = np.zeros(len(tokens), bool)
-                first[np.cumsum([0] + [len(p) for p in parts[:-1]])] = True
-            while len(self.cache) >= 2:
+                tokens, first = permute_documents(tokens, first, rng)
+            while len(self.cache) >= 2:  # a read may run over from one into the next
                 self.cache.pop(next(iter(self.cache)))
             self.cache[key] = (tokens, first)
         return self.cache[key]
@@ -3136,6 +3130,15 @@ class TokenStream:
             tokens[done : done + n], first[done : done + n] = t[part], f[part]
             done += n
         return tokens, first
+
+
+def permute_documents(tokens: np.ndarray, first: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, first) with the documents, each of which a True of `first` opens, in other order."""
+    parts = np.split(tokens, np.flatnonzero(first)[1:])
+    parts = [parts[i] for i in rng.permutation(len(parts))]
+    first = np.zeros(len(tokens), bool)
+    first[np.cumsum([0] + [len(p) for p in parts[:-1]])] = True
+    return np.concatenate(parts), first
 
 
 @dataclass
@@ -3208,7 +3211,8 @@ def micro_rows(rows: int, row: int, micro_batch_tokens: int) -> int:
     return next(n for n in range(most, 0, -1) if rows % n == 0)
 
 
-# ---- 8. Run log ---------------------------------------------------------------------------------
+# ---- 8. Run folder ------------------------------------------------------------------------------
+# run.log and run.jsonl, and ckpt/step_*: what is written, and how it is read again.
 
 
 def sync(path: Path) -> None:
@@ -3272,12 +3276,8 @@ class RunLog:
         self.h = h
 
 
-PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12}
-PEAK_BF16 |= {"RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10G": 70e12, "B200": 2250e12}
-
-
 def machine(world: World) -> dict:
-    """The environment as the header has it; peak_flops is the BF16 datasheet figure or None."""
+    """The environment as the header has it."""
     env = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -3299,7 +3299,12 @@ def machine(world: World) -> dict:
     return env
 
 
+PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12}
+PEAK_BF16 |= {"RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10G": 70e12, "B200": 2250e12}
+
+
 def peak_flops(env: dict) -> float | None:
+    """Of `machine`'s GPU in BF16, a second, dense, as its datasheet says; None of others."""
     return next((v for k, v in PEAK_BF16.items() if env["gpu"] and k in env["gpu"]), None)
 
 
@@ -3326,17 +3331,16 @@ def process_age() -> float:
 
 
 def git_state() -> dict | None:
+    """The commit that this file is of, and whether tracked files differ; None outside of git."""
+    how = {"cwd": HERE, "text": True, "stderr": subprocess.DEVNULL}
+    run = functools.partial(subprocess.check_output, **how)
     try:
-        run = functools.partial(subprocess.check_output, cwd=HERE, text=True, stderr=-3)
         return {
             "commit": run(["git", "rev-parse", "HEAD"]).strip(),
             "dirty": bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).strip()),
         }
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-# ---- 9. Checkpoint ------------------------------------------------------------------------------
 
 
 def to_host(t: Tensor) -> Tensor:
@@ -3484,14 +3488,178 @@ def load_model(
     return model.to(device).eval(), meta
 
 
+# ---- 9. Process ---------------------------------------------------------------------------------
+# Exit codes and exit.json, which says them; whose a run folder is; restarts by torchrun; signals
+# and lost peers; what is set for a whole process.
+
+EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
+# What any rank says of itself, and not rank 0 alone.
+OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
+# What a restart cannot mend.
+FINAL = tuple(EXIT_CODES[name] for name in ("done", "input", "non-finite", "memory"))
+GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
+
+
+def job() -> str:
+    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
+    env = os.environ
+    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
+    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
+    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
+
+
+def own_exit(folder: Path) -> dict:
+    """exit.json of a run folder, {} where this job has written none: code (null while it runs),
+    reason, job."""
+    try:
+        said = json.loads((folder / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) and said.get("job") == job() else {}
+
+
+def put_exit(folder: Path, code: int | None, reason: str) -> None:
+    """Writes exit.json, whole or not at all."""
+    aside = folder / f".exit.{os.getpid()}"
+    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
+    os.replace(aside, folder / "exit.json")
+
+
+def mark_running(folder: Path) -> None:
+    put_exit(folder, None, "running, or killed")
+
+
+def write_exit(folder: Path | None, code: int, reason: str) -> None:
+    """RUN/exit.json, because torchrun returns 1 whatever its workers return.
+
+    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
+    so the first word counts, and 4 is never the last.
+    """
+    if folder is None or not folder.is_dir():
+        return
+    main, first = int(os.environ.get("RANK", 0)) == 0, own_exit(folder).get("code") is None
+    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
+        put_exit(folder, code, reason)
+
+
+def named_folder(argv: list[str]) -> Path | None:
+    """The folder that --out and --run-id name, made where it is missing: there a run under torchrun
+    that ends before it has a folder leaves its exit.json. None where it has no name, or where
+    another's run lies."""
+    if "--run-id" not in argv[:-1] or int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return None
+    after = dict(itertools.pairwise(argv))
+    folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
+    if has_log(folder):  # another run's: nothing is written over
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def has_log(folder: Path) -> bool:
+    """Whether a run's log lies there, also as `./run.sh records --pack` leaves it."""
+    return any((folder / name).exists() for name in ("run.jsonl", "run.jsonl.xz"))
+
+
+def refuse_held(folder: Path) -> None:
+    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
+    if has_log(folder) and not (restarts() and own_exit(folder)):
+        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+
+
+def refuse_place(out: str) -> None:
+    """Refuses an --out in which no folder can be made, before minutes of compilation."""
+    path = Path(out).absolute()
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: {place} is no folder to write in")
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has restarted the workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class Ended(Exception):
+    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
+    exit code, reason."""
+
+
+def after_restart(cfg: Config) -> Config:
+    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
+    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
+    named = cfg.run.run_id or cfg.run.resume
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not named:
+        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
+    folder = Path(cfg.run.out) / cfg.run.run_id
+    if cfg.run.resume:
+        path = Path(cfg.run.resume).resolve()
+        folder = path.parents[1] if (path / "DONE").is_file() else path
+    said = own_exit(folder)
+    if not restarts() or not said:
+        return cfg
+    if said.get("code") in FINAL:
+        raise Ended(said["code"], f"not started again: {said.get('reason')}")
+    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
+
+
+def heed_signals(trainer: Trainer) -> None:
+    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
+    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
+    say so."""
+
+    def give_up() -> None:
+        if trainer.agreed or trainer.folder is None:
+            return
+        code = EXIT_CODES["peer lost"]
+        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
+        write_exit(trainer.folder, code, reason)
+        os._exit(code)
+
+    def watch(wake: int) -> None:
+        os.read(wake, 1)
+        time.sleep(GRACE_SECONDS)
+        give_up()
+
+    def stop(*_) -> None:
+        trainer.stop = True
+
+    if trainer.world.size > 1:
+        # While the main thread waits for the device, Python runs no handler: but the number of the
+        # signal is in this pipe at once.
+        wake, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
+        threading.Thread(target=watch, args=(wake,), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def peer_lost(e: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
+    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
+
+
+def set_environment() -> None:
+    """What every training process sets before its first GPU work."""
+    # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
+
+
+def configure_compiler() -> None:
+    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 # ---- 10. Train ----------------------------------------------------------------------------------
 
 
 class NonFinite(RuntimeError):
     """Loss or gradient is not finite. Exit code 3; nothing was updated in that step or after."""
-
-
-EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
 
 
 @dataclass
@@ -4728,12 +4896,6 @@ def bpb_text(result: dict) -> str:
     return "" if result["bpb"] is None else f" bpb:{result['bpb']:.4f}"
 
 
-def configure_compiler() -> None:
-    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
 def train(cfg: Config, *, hooks: Hooks | None = None) -> dict:
     """Trains `cfg` once and returns its figures (see `Trainer.run`)."""
     return Trainer(cfg, hooks).run()
@@ -4747,153 +4909,6 @@ def smaller(trainer: Trainer | None) -> str:
     if rows > 1:
         return f"--micro-batch-tokens {rows // 2 * row}"
     return f"--row-tokens {row // 2}, or --val-row-tokens where it was validating"
-
-
-def restarts() -> int:
-    """How often torchrun (--max-restarts) has restarted the workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def job() -> str:
-    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
-    env = os.environ
-    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
-    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
-    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
-
-
-def read_exit(folder: Path) -> dict:
-    """exit.json of a run folder, {} where there is none: code (null while it runs), reason, job."""
-    try:
-        said = json.loads((folder / "exit.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def put_exit(folder: Path, code: int | None, reason: str) -> None:
-    aside = folder / f".exit.{os.getpid()}"
-    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
-    os.replace(aside, folder / "exit.json")
-
-
-def mark_running(folder: Path) -> None:
-    put_exit(folder, None, "running, or killed")
-
-
-def has_log(folder: Path) -> bool:
-    """Whether a run's log lies there, also as `./run.sh records --pack` leaves it."""
-    return any((folder / name).exists() for name in ("run.jsonl", "run.jsonl.xz"))
-
-
-def refuse_held(folder: Path) -> None:
-    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
-    mine = restarts() > 0 and read_exit(folder).get("job") == job()
-    if has_log(folder) and not mine:
-        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
-
-
-def refuse_place(out: str) -> None:
-    """Refuses an --out in which no folder can be made, before minutes of compilation."""
-    path = Path(out).absolute()
-    place = next(p for p in (path, *path.parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"--out {out}: {place} is no folder to write in")
-
-
-class Ended(Exception):
-    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
-    exit code, reason."""
-
-
-def after_restart(cfg: Config) -> Config:
-    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
-    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
-        cfg.run.run_id or cfg.run.resume
-    ):
-        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
-    folder = Path(cfg.run.out) / cfg.run.run_id
-    if cfg.run.resume:
-        path = Path(cfg.run.resume).resolve()
-        folder = path.parents[1] if (path / "DONE").is_file() else path
-    said = read_exit(folder)
-    if not restarts() or said.get("job") != job():
-        return cfg
-    if said.get("code") in (0, *(EXIT_CODES[name] for name in ("input", "non-finite", "memory"))):
-        raise Ended(said["code"], f"not started again: {said.get('reason')}")
-    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
-
-
-def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
-    """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
-    that ends before it has a folder leaves it where --out and --run-id say.
-
-    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
-    so the first word counts, and 4 is never the last.
-    """
-    if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        after = dict(itertools.pairwise(argv))
-        folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
-        if has_log(folder):  # another run's: nothing is written over
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-    if folder is None or not folder.is_dir():
-        return
-    said, main = read_exit(folder), int(os.environ.get("RANK", 0)) == 0
-    first = said.get("code") is None or said.get("job") != job()
-    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
-        put_exit(folder, code, reason)
-
-
-OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
-GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
-
-
-def heed_signals(trainer: Trainer) -> None:
-    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
-    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
-    say so."""
-
-    def give_up() -> None:
-        if trainer.agreed or trainer.folder is None:
-            return
-        code = EXIT_CODES["peer lost"]
-        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
-        write_exit(trainer.folder, [], code, reason)
-        os._exit(code)
-
-    def watch(wake: int) -> None:
-        os.read(wake, 1)
-        time.sleep(GRACE_SECONDS)
-        give_up()
-
-    def stop(*_) -> None:
-        trainer.stop = True
-
-    if trainer.world.size > 1:
-        # While the main thread waits for the device, Python runs no handler: but the number of the
-        # signal is in this pipe at once.
-        wake, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
-        threading.Thread(target=watch, args=(wake,), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
-def peer_lost(e: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
-    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
-
-
-def set_environment() -> None:
-    """What every training process sets before its first GPU work."""
-    # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
 
 
 def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
@@ -4925,7 +4940,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     rank = int(os.environ.get("RANK", 0))
     if code and (rank == 0 or code in OWN_FAULTS):
         print(f"train_gpt.py: {reason}", file=sys.stderr)
-    write_exit(getattr(trainer, "folder", None), argv, code, reason)
+    write_exit(getattr(trainer, "folder", None) or named_folder(argv), code, reason)
     if trainer is not None and code not in OWN_FAULTS:  # else it would wait for the other ranks
         trainer.world.close()
     return code
