@@ -216,6 +216,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """What `plan_steps` makes the table of steps of."""
+
     stages: tuple[Stage, ...] = knob(
         (
             Stage(1 / 3, 131_072, 1.0, (128, 640)),
@@ -237,6 +239,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which tokens, in rows and calls of which length."""
+
     data: str = knob("", "folder of token shards (manifest.json, or *train*.bin and *val*.bin)")
     dev: str = knob("", "a shard to choose by, where the manifest names none")
     row_tokens: int = knob(16_384, "tokens in a row; a step has at least 8 rows, else shorter ones")
@@ -250,6 +254,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Where and with which kernels it runs, and what it leaves in its folder."""
+
     seed: int = knob(0, "of every tensor, together with its name")
     device: str = knob("auto", "auto | cuda | cpu")
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
@@ -292,6 +298,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, in parts; no two of these have a field of one name."""
+
     preset: str = "r28"
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -327,6 +335,7 @@ PARTS = {
     "data": DataConfig,
     "run": RunConfig,
 }
+# A field's name -> its part's name, the field.
 FLAGS = {f.name: (part, f) for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
 
 PRESETS: dict[str, dict] = {
@@ -346,8 +355,10 @@ PRESETS: dict[str, dict] = {
     },
     "r28": {"require_gpu": True},  # about record 28's, and what every knob's default is
     "plain": {"require_gpu": True, "gate": False, "value_tables": 0},
-    "gpu24": {"require_gpu": True, "micro_batch_tokens": 16_384, "val_call_tokens": 65_536}
-    | {"val_row_tokens": 65_536},
+    "gpu24": {
+        **{"require_gpu": True, "micro_batch_tokens": 16_384},
+        **{"val_row_tokens": 65_536, "val_call_tokens": 65_536},
+    },
     "demo": {  # learning rates, batch and cooldown from 21 runs of 1.2M bytes, on dev
         **{"n_layer": 4, "d_model": 128, "n_head": 4, "head_dim": 32, "no_attention": ()},
         **{"long_layers": (0, 3), "skip": (), "backout": 2, "value_tables": 1},
@@ -407,21 +418,30 @@ def make_config(preset: str = "r28", **changes) -> Config:
         raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}{elsewhere}")
     cfg = Config(preset=preset).with_(**{**PRESETS[preset], **changes})
     name, keys = parse_arm(cfg.model.arm)
-    cfg = cfg.with_(**keys)
+    cfg = leave_out(cfg.with_(**keys), name, given={*changes, *keys})
+    if name == "diff_v2" and cfg.model.form == "light+" and not cfg.model.mlp and "mlp" not in keys:
+        cfg = cfg.with_(mlp=light_plus_mlp(cfg.model))
+    return cfg
+
+
+def leave_out(cfg: Config, name: str, given: set[str]) -> Config:
+    """Without what the preset alone asks for and an arm of that name cannot have. What was `given`
+    stays, and check_config refuses it."""
     m = cfg.model
-    given = {*changes, *keys}  # what a preset alone has and an arm cannot have is left out
     if name != "softmax" and "paired" not in given:
         cfg = cfg.with_(paired=tuple(i for i in m.paired if i not in arm_layers(m)))
     if name not in ("softmax", "selective", "diff_v2") and "qk_dim" not in given:
         cfg = cfg.with_(qk_dim=0)
     if name == "diff_v1" and "xsa" not in given:
         cfg = cfg.with_(xsa=False)
-    if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
-        # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
-        # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.
-        qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
-        cfg = cfg.with_(mlp=4 * m.d_model + (m.d_model + qk) // 2)
     return cfg
+
+
+def light_plus_mlp(m: ModelConfig) -> int:
+    """Width of light+'s MLP, which has the attention parameters that `light` saves in its layers:
+    d^2 of values and outputs and, where they are as wide, d^2 / 2 of queries and keys."""
+    qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
+    return 4 * m.d_model + (m.d_model + qk) // 2
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
@@ -3258,21 +3278,24 @@ class RunLog:
             sys.stderr.write(f"\r\033[K[{'=' * full}{' ' * (24 - full)}] {text}")
             sys.stderr.flush()
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """By the names that a checkpoint's offsets have."""
+        return {"log": self.folder / "run.log", "jsonl": self.folder / "run.jsonl"}
+
     def offsets(self) -> dict[str, int]:
-        files = {"log": self.folder / "run.log", "jsonl": self.folder / "run.jsonl"}
-        for path in files.values():
+        """Bytes of each file, all of them on the disk by then."""
+        for path in self.files.values():
             if path.exists():
                 sync(path)
-        return {k: p.stat().st_size if p.exists() else 0 for k, p in files.items()}
+        return {k: p.stat().st_size if p.exists() else 0 for k, p in self.files.items()}
 
     def truncate(self, offsets: dict[str, int], h: str) -> None:
         """Back to where a checkpoint was saved; InputError where the logs do not reach so far."""
-        for key, name in (("log", "run.log"), ("jsonl", "run.jsonl")):
-            file = self.folder / name
-            if self.active and (not file.is_file() or file.stat().st_size < offsets[key]):
+        for key, file in self.files.items() if self.active else ():
+            if not file.is_file() or file.stat().st_size < offsets[key]:
                 raise InputError(f"{file} is shorter than its checkpoint says: start a new run")
-            if self.active:
-                os.truncate(file, offsets[key])
+            os.truncate(file, offsets[key])
         self.h = h
 
 
