@@ -579,16 +579,14 @@ def check_selective(cfg: Config, need: Need) -> None:
         return
     way = m.selective_grad
     need(way in ("flex", "chunked"), f"--selective_grad {way!r}: flex or chunked")
-    if cfg.run.deterministic:
-        need(
-            way != "flex", "--selective_grad flex adds in any order: --deterministic needs chunked"
-        )
+    ordered = way != "flex" or not cfg.run.deterministic
+    need(ordered, "--selective_grad flex adds in any order: --deterministic needs chunked")
     for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
             need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
         elif length * tokens >= 2**31:  # FlexAttention counts a bias in 32 bits (pytorch #146724)
-            fit = length << ((2**31 - 1) // length**2).bit_length() - 1
+            fit = length << ((2**31 - 1) // length**2).bit_length() - 1  # 2^n rows
             said = f"{length * tokens} numbers of row x row, 2^31 are too many"
             need(False, f"--{call} {tokens}: {said}; {fit} would do")
 
@@ -3243,15 +3241,19 @@ def sync(path: Path) -> None:
 
 
 class RunLog:
-    """run.log for people, run.jsonl for programs: a hash chain catches edits, not forgery."""
+    """run.log for people, run.jsonl for programs: a hash chain catches edits, not forgery.
 
-    def __init__(self, folder: Path, active: bool, progress: bool = True):
+    Rank 0's is `active`, the others' write nothing. On a terminal there is a bar, too.
+    """
+
+    def __init__(self, folder: Path, active: bool):
         self.folder, self.active = folder, active
-        self.h, self.bar = "", progress and active and sys.stderr.isatty()
+        self.h, self.bar = "", active and sys.stderr.isatty()
         if active:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, kind: str, /, **values) -> None:
+        """A line of run.jsonl."""
         if not self.active:
             return
         line = json.dumps({"t": kind, **values})
@@ -3260,6 +3262,7 @@ class RunLog:
             f.write(f'{line[:-1]}, "h": "{self.h}"}}\n')
 
     def say(self, text: str) -> None:
+        """Lines of run.log, and on the terminal."""
         if not self.active:
             return
         if self.bar:
