@@ -10,8 +10,8 @@ that two arms differ in nothing else. What has been measured stands in README.md
     python train_gpt.py --preset demo --data DIR                 # a CPU, in minutes
     python train_gpt.py --help                                   # every knob, with its unit
 
-Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run log,
-9 Checkpoint, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
+Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run folder,
+9 Process, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
 """
 
 from __future__ import annotations
@@ -66,8 +66,6 @@ except ImportError:
 
 SCHEMA = 1  # of run.jsonl and meta.json
 HERE = Path(__file__).resolve().parent
-
-
 IMPORTED_AT = time.time()
 
 
@@ -218,6 +216,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """What `plan_steps` makes the table of steps of."""
+
     stages: tuple[Stage, ...] = knob(
         (
             Stage(1 / 3, 131_072, 1.0, (128, 640)),
@@ -239,6 +239,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which tokens, in rows and calls of which length."""
+
     data: str = knob("", "folder of token shards (manifest.json, or *train*.bin and *val*.bin)")
     dev: str = knob("", "a shard to choose by, where the manifest names none")
     row_tokens: int = knob(16_384, "tokens in a row; a step has at least 8 rows, else shorter ones")
@@ -252,6 +254,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Where and with which kernels it runs, and what it leaves in its folder."""
+
     seed: int = knob(0, "of every tensor, together with its name")
     device: str = knob("auto", "auto | cuda | cpu")
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
@@ -294,6 +298,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, in parts; no two of these have a field of one name."""
+
     preset: str = "r28"
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -329,6 +335,7 @@ PARTS = {
     "data": DataConfig,
     "run": RunConfig,
 }
+# A field's name -> its part's name, the field.
 FLAGS = {f.name: (part, f) for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
 
 PRESETS: dict[str, dict] = {
@@ -348,8 +355,10 @@ PRESETS: dict[str, dict] = {
     },
     "r28": {"require_gpu": True},  # about record 28's, and what every knob's default is
     "plain": {"require_gpu": True, "gate": False, "value_tables": 0},
-    "gpu24": {"require_gpu": True, "micro_batch_tokens": 16_384, "val_call_tokens": 65_536}
-    | {"val_row_tokens": 65_536},
+    "gpu24": {
+        **{"require_gpu": True, "micro_batch_tokens": 16_384},
+        **{"val_row_tokens": 65_536, "val_call_tokens": 65_536},
+    },
     "demo": {  # learning rates, batch and cooldown from 21 runs of 1.2M bytes, on dev
         **{"n_layer": 4, "d_model": 128, "n_head": 4, "head_dim": 32, "no_attention": ()},
         **{"long_layers": (0, 3), "skip": (), "backout": 2, "value_tables": 1},
@@ -385,7 +394,7 @@ def parse_value(name: str, text: str):
         raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
 
 
-# Beside those.
+# What an arm may set of RunConfig, beside all of ModelConfig and OptimConfig.
 ARM_ALSO = ("fp8", "attention", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs")
 
 
@@ -409,21 +418,30 @@ def make_config(preset: str = "r28", **changes) -> Config:
         raise InputError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}{elsewhere}")
     cfg = Config(preset=preset).with_(**{**PRESETS[preset], **changes})
     name, keys = parse_arm(cfg.model.arm)
-    cfg = cfg.with_(**keys)
+    cfg = leave_out(cfg.with_(**keys), name, given={*changes, *keys})
+    if name == "diff_v2" and cfg.model.form == "light+" and not cfg.model.mlp and "mlp" not in keys:
+        cfg = cfg.with_(mlp=light_plus_mlp(cfg.model))
+    return cfg
+
+
+def leave_out(cfg: Config, name: str, given: set[str]) -> Config:
+    """Without what the preset alone asks for and an arm of that name cannot have. What was `given`
+    stays, and check_config refuses it."""
     m = cfg.model
-    given = {*changes, *keys}  # what a preset alone has and an arm cannot have is left out
     if name != "softmax" and "paired" not in given:
         cfg = cfg.with_(paired=tuple(i for i in m.paired if i not in arm_layers(m)))
     if name not in ("softmax", "selective", "diff_v2") and "qk_dim" not in given:
         cfg = cfg.with_(qk_dim=0)
     if name == "diff_v1" and "xsa" not in given:
         cfg = cfg.with_(xsa=False)
-    if name == "diff_v2" and m.form == "light+" and not m.mlp and "mlp" not in keys:
-        # The attention parameters that `light` saves go into the MLP of the same layers: d^2 of
-        # values and outputs and, where they are as wide, d^2 / 2 of queries and keys.
-        qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
-        cfg = cfg.with_(mlp=4 * m.d_model + (m.d_model + qk) // 2)
     return cfg
+
+
+def light_plus_mlp(m: ModelConfig) -> int:
+    """Width of light+'s MLP, which has the attention parameters that `light` saves in its layers:
+    d^2 of values and outputs and, where they are as wide, d^2 / 2 of queries and keys."""
+    qk = m.d_model * (m.qk_dim or m.head_dim) // (2 * max(1, m.head_dim))
+    return 4 * m.d_model + (m.d_model + qk) // 2
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
@@ -458,21 +476,41 @@ def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
 LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
 LEAST = {"lambda_bias": -LARGEST, "backout": -1}  # of the others: 0
 
+Need = Callable[[bool, str], None]  # takes note of the sentence where it is not so
+
 
 def check_config(cfg: Config, world_size: int = 1) -> list[str]:
     """Everything that cannot run, one sentence each; needs neither GPU nor data."""
-    m, s, d, r = cfg.model, cfg.schedule, cfg.data, cfg.run
     bad = []
 
     def need(ok: bool, message: str) -> None:
         if not ok:  # flags as the command line writes them
             bad.append(re.sub(r"--\w+", lambda flag: flag[0].replace("_", "-"), message))
 
+    check_numbers(cfg, need)
+    check_shape(cfg.model, need)
+    check_blocks(cfg.model, need)
+    check_arm(cfg.model, need)
+    check_selective(cfg, need)
+    check_optimizer(cfg.optim, need)
+    check_schedule(cfg, world_size, need)
+    check_data(cfg.data, need)
+    check_run(cfg.run, need)
+    check_fa4(cfg, need)
+    return bad
+
+
+def check_numbers(cfg: Config, need: Need) -> None:
+    """Every number is finite, and none is below the least that it can mean."""
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
         if f.type in ("int", "float"):
             least = LEAST.get(name, 0)
             need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
+
+
+def check_shape(m: ModelConfig, need: Need) -> None:
+    """Widths that divide as the model divides them, and what acts on parts of them."""
     need(m.n_layer > 0 and m.d_model > 0 and m.n_head > 0, "layers, width and heads must be > 0")
     need(m.head_dim >= 16 and m.head_dim % 8 == 0, f"--head_dim {m.head_dim}: 16 or more, by 8")
     need(m.d_model % 16 == 0, f"--d_model {m.d_model} must be a multiple of 16")
@@ -481,94 +519,16 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
         not m.qk_dim or fits,
         f"--qk_dim {m.qk_dim}: a divisor of --head_dim {m.head_dim}, 16 or more, by 8",
     )
-    if m.half_rope and m.rope:
-        need(m.head_dim % 4 == 0, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
-    check_blocks(m, need)
-    check_selective(cfg, need)
+    half = m.rope and m.half_rope
+    fits = not half or m.head_dim % 4 == 0
+    need(fits, f"--half_rope needs --head_dim {m.head_dim} divisible by 4")
+    need(half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
     fits = m.ngram % 128 == 0 and m.ngram < 2**31
     need(fits, f"--ngram {m.ngram}: rows by 128, fewer than 2^31")
-    rotates_half = m.rope and m.half_rope
-    need(rotates_half or not m.key_offset, "--key_offset moves what --half_rope leaves unrotated")
-    need(cfg.optim.normuon < 1, f"--normuon {cfg.optim.normuon} must be < 1")
-    every, clips = cfg.optim.adam_every, cfg.optim.grad_clip > 0
-    need(every >= 1, f"--adam_every {every}: 1 or more")
-    need(every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
-    tail, apart, blend = cfg.optim.tail, cfg.optim.tail_every, cfg.optim.tail_blend
-    need(tail <= 1, f"--tail {tail}: a share of the steps, 0 to 1")
-    need(apart >= 1, f"--tail_every {apart}: 1 or more")
-    need(blend <= 1, f"--tail_blend {blend}: a share, 0 to 1")
-    for name in ("head_betas", "value_betas", "scalar_betas"):
-        betas = getattr(cfg.optim, name)
-        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-        need(fits, f"--{name} {format_value(betas)}: beta1+beta2, each 0 or more and below 1")
-    name, keys = parse_arm(m.arm)
-    need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
-    need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
-    if name == "diff_v2":
-        need(m.form == "full" or m.n_head % 2 == 0, f"{m.form} needs an even --n_head")
-    if name == "diff_v1":
-        qk = v1_qk_dim(m)
-        need(
-            (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
-            f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
-        )
-        need(
-            not m.qk_dim,
-            f"--qk_dim {m.qk_dim}: diff_v1's queries and keys have a width of their own",
-        )
-    need(not (m.xsa and name == "diff_v1"), "--xsa: diff_v1 normalises its heads, no own value")
     need(m.softcap <= 80, f"--softcap {m.softcap}: 80 or less, or exp(-softcap) is 0 in fp32")
-    need(len(s.stages) > 0, "--stages is empty")
-    need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
-    for st in s.stages:
-        rows, row = step_rows(st.tokens, max(1, d.row_tokens))
-        need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
-        need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
-        need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
-        need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
-        sampled = st.candidates >= 0 and st.candidates % 128 == 0
-        need(sampled, f"--stages {st}: candidates by 128, or 0 for the whole vocabulary")
-        need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
-        need(
-            rows % world_size == 0,
-            f"--stages {st}: its {rows} rows do not divide over {world_size} ranks",
-        )
-    need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
-    need(
-        d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0,
-        "--val_call_tokens: whole rows",
-    )
-    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
-    need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
-    need(r.looks <= 20, f"--looks {r.looks}: at most 20")
-    need(r.keep >= 1, "--keep 1 or more")
-    need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
-    for flag, v, half in (
-        ("dtype", r.dtype, "bfloat16"),
-        ("muon_dtype", cfg.optim.muon_dtype, "float16"),
-    ):
-        need(v in ("auto", half, "float32"), f"--{flag} {v!r}: auto, {half} or float32")
-    need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
-    need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
-    if r.attention == "fa4":
-        need(
-            name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm"
-        )
-        need(not m.selective, "--attention fa4 has no --selective: use flex")
-        need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
-        need(
-            m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
-            f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
-            "--qk_dim 0",
-        )
-        need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
-        need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
-    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
-    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
-    return bad
 
 
-def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
+def check_blocks(m: ModelConfig, need: Need) -> None:
     """What names blocks names some that are there and, where it matters, have attention."""
     names = ("layers", "mlp_layers", "no_attention", "long_layers", "skip", "value_layers")
     for name in (*names, "paired"):
@@ -589,7 +549,27 @@ def check_blocks(m: ModelConfig, need: Callable[[bool, str], None]) -> None:
     need(2 * m.value_tables <= m.n_layer, f"--value_tables {m.value_tables}: half the blocks")
 
 
-def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
+def check_arm(m: ModelConfig, need: Need) -> None:
+    """An arm that is there, and heads that it can be made of."""
+    name, _ = parse_arm(m.arm)
+    need(name in ARMS or ".py:" in name, f"no arm {name!r}: {', '.join(ARMS)} or path.py:Class")
+    need(m.form in V2_FORMS, f"--form {m.form!r}: choose from {', '.join(V2_FORMS)}")
+    if name == "diff_v2":
+        need(m.form == "full" or m.n_head % 2 == 0, f"{m.form} needs an even --n_head")
+    if name == "diff_v1":
+        qk = v1_qk_dim(m)
+        need(
+            (m.n_head * m.head_dim) % max(1, 2 * qk) == 0,
+            f"diff_v1: {m.n_head} heads of {m.head_dim} do not split into pairs of {qk}",
+        )
+        need(
+            not m.qk_dim,
+            f"--qk_dim {m.qk_dim}: diff_v1's queries and keys have a width of their own",
+        )
+        need(not m.xsa, "--xsa: diff_v1 normalises its heads, no own value")
+
+
+def check_selective(cfg: Config, need: Need) -> None:
     """What the selective arms ask for: rows that can be squared."""
     m, d = cfg.model, cfg.data
     name, _ = parse_arm(m.arm)
@@ -599,22 +579,100 @@ def check_selective(cfg: Config, need: Callable[[bool, str], None]) -> None:
         return
     way = m.selective_grad
     need(way in ("flex", "chunked"), f"--selective_grad {way!r}: flex or chunked")
-    if cfg.run.deterministic:
-        need(
-            way != "flex", "--selective_grad flex adds in any order: --deterministic needs chunked"
-        )
+    ordered = way != "flex" or not cfg.run.deterministic
+    need(ordered, "--selective_grad flex adds in any order: --deterministic needs chunked")
     for row, call in (("row_tokens", "micro_batch_tokens"), ("val_row_tokens", "val_call_tokens")):
         length, tokens = getattr(d, row), max(getattr(d, row), getattr(d, call))
         if length > SELECTIVE_ROW:
             need(False, f"--{row} {length}: selective arms keep row x row, {SELECTIVE_ROW} at most")
         elif length * tokens >= 2**31:  # FlexAttention counts a bias in 32 bits (pytorch #146724)
-            fit = length << ((2**31 - 1) // length**2).bit_length() - 1
+            fit = length << ((2**31 - 1) // length**2).bit_length() - 1  # 2^n rows
             said = f"{length * tokens} numbers of row x row, 2^31 are too many"
             need(False, f"--{call} {tokens}: {said}; {fit} would do")
 
 
-def parse_args(argv: list[str]) -> Config:
-    """The command line; raises one InputError that names everything wrong with it at once."""
+def check_optimizer(o: OptimConfig, need: Need) -> None:
+    """Shares, betas and the like within what they can be."""
+    need(o.normuon < 1, f"--normuon {o.normuon} must be < 1")
+    need(o.adam_every >= 1, f"--adam_every {o.adam_every}: 1 or more")
+    clips = o.grad_clip > 0
+    need(o.adam_every == 1 or not clips, "--grad_clip is for one step's gradient: --adam_every 1")
+    need(o.tail <= 1, f"--tail {o.tail}: a share of the steps, 0 to 1")
+    need(o.tail_every >= 1, f"--tail_every {o.tail_every}: 1 or more")
+    need(o.tail_blend <= 1, f"--tail_blend {o.tail_blend}: a share, 0 to 1")
+    for name in ("head_betas", "value_betas", "scalar_betas"):
+        betas = getattr(o, name)
+        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        need(fits, f"--{name} {format_value(betas)}: beta1+beta2, each 0 or more and below 1")
+    known = o.muon_dtype in ("auto", "float16", "float32")
+    need(known, f"--muon_dtype {o.muon_dtype!r}: auto, float16 or float32")
+
+
+def check_schedule(cfg: Config, world_size: int, need: Need) -> None:
+    """Stages that a run can be planned of, and phases of it that leave room for each other."""
+    s = cfg.schedule
+    need(len(s.stages) > 0, "--stages is empty")
+    need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
+    for st in s.stages:
+        check_stage(st, cfg.data.row_tokens, world_size, need)
+    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
+    need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
+
+
+def check_stage(st: Stage, row_tokens: int, world_size: int, need: Need) -> None:
+    """One stage, whose steps are whole rows that divide over the ranks."""
+    rows, row = step_rows(st.tokens, max(1, row_tokens))
+    need(st.tokens > 0 and st.tokens % 8 == 0, f"--stages {st}: tokens by 8")
+    need(0 <= st.share <= 1, f"--stages {st}: shares are 0 to 1")
+    need(0 <= st.lr < math.inf, f"--stages {st}: the lr factor must be >= 0 and finite")
+    need(min(st.window) > 0, f"--stages {st}: windows must be > 0")
+    sampled = st.candidates >= 0 and st.candidates % 128 == 0
+    need(sampled, f"--stages {st}: candidates by 128, or 0 for the whole vocabulary")
+    need(st.tokens == rows * row, f"--stages {st}: tokens are not whole rows of {row}")
+    divides = rows % world_size == 0
+    need(divides, f"--stages {st}: its {rows} rows do not divide over {world_size} ranks")
+
+
+def check_data(d: DataConfig, need: Need) -> None:
+    """Rows, and calls of whole rows."""
+    need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
+    whole = d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0
+    need(whole, "--val_call_tokens: whole rows")
+
+
+def check_run(r: RunConfig, need: Need) -> None:
+    """Words that are known, and a folder's name that stays inside --out."""
+    need(r.device in ("auto", "cuda", "cpu"), f"--device {r.device!r}: auto, cuda or cpu")
+    known = r.dtype in ("auto", "bfloat16", "float32")
+    need(known, f"--dtype {r.dtype!r}: auto, bfloat16 or float32")
+    need(r.mlp_fp8 in ("", "forward", "both"), f"--mlp_fp8 {r.mlp_fp8!r}: forward or both")
+    need(r.attention in ("flex", "fa4"), f"--attention {r.attention!r}: flex or fa4")
+    need(r.looks <= 20, f"--looks {r.looks}: at most 20")
+    need(r.keep >= 1, "--keep 1 or more")
+    plain = re.fullmatch(r"[\w.,=+-]*", r.run_id) and r.run_id not in (".", "..")
+    need(bool(plain), f"--run_id {r.run_id!r}: plain names")
+
+
+def check_fa4(cfg: Config, need: Need) -> None:
+    """What FlashAttention-4's kernels ask for, where they are to run."""
+    m, r = cfg.model, cfg.run
+    if r.attention != "fa4":
+        return
+    name, _ = parse_arm(m.arm)
+    need(name in ("softmax", "diff_v2"), f"--attention fa4 has no {name}: use flex for that arm")
+    need(not m.selective, "--attention fa4 has no --selective: use flex")
+    need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
+    need(
+        m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
+        f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
+        "--qk_dim 0",
+    )
+    need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
+    need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """--preset, and a flag for every field of the config."""
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         description=__doc__.split("\n\n")[0],
@@ -633,7 +691,12 @@ def parse_args(argv: list[str]) -> Config:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
                 group.add_argument(flag, metavar=f.type.upper()[:5], help=text)
-    args, unknown = parser.parse_known_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The command line; raises one InputError that names everything wrong with it at once."""
+    args, unknown = make_parser().parse_known_args(argv)
     errors = [f"unknown flag {u!r} (--help lists them)" for u in unknown if u.startswith("-")]
     errors += [f"stray word {u!r}" for u in unknown if not u.startswith("-")]
     changes = {}
@@ -686,42 +749,61 @@ class Step:
 
 
 def plan_steps(cfg: Config, budget: int) -> list[Step]:
-    """The whole run as a table of steps that trains at most `budget` tokens.
-
-    lr: a constant times the stage's factor, then linear to the floor (records 18-46); the long
-    window grows linearly within its stage in multiples of 128 (record 13).
-    """
+    """The whole run as a table of steps that trains at most `budget` tokens. The long window grows
+    linearly within its stage, in multiples of 128 (record 13)."""
     s, o = cfg.schedule, cfg.optim
-    shares = np.cumsum([st.share for st in s.stages]) / sum(st.share for st in s.stages)
-    mean = sum(st.share * st.tokens for st in s.stages) / sum(st.share for st in s.stages)
+    counts = count_steps(s.stages, budget)
+    total, steps, start = sum(counts), [], 0
+    for k, (stage, count) in enumerate(zip(s.stages, counts, strict=True)):
+        first, (low, high) = len(steps), stage.window
+        for i in range(first, first + count):
+            after = total - 1 - i  # steps; the last one updates all and is a sample
+            grown = low + (high - low) * ((i - first) / max(1, count - 1))
+            step = Step(
+                index=i,
+                stage=k,
+                tokens=stage.tokens,
+                lr=lr_at(i, total, stage, s),
+                momentum=momentum_at(i, total, o),
+                window=math.ceil(grown / 128) * 128,
+                start=start,
+                tied=cfg.model.tie and i < round(s.untie * total),
+                adam=after % o.adam_every == 0,
+                sample=after < round(o.tail * total) and after % o.tail_every == 0,
+                candidates=stage.candidates,
+            )
+            steps.append(step)
+            start = step.end
+    return steps
+
+
+def count_steps(stages: tuple[Stage, ...], budget: int) -> list[int]:
+    """Steps of each stage: as many as the budget has tokens for, dealt out by their shares."""
+    whole = sum(st.share for st in stages)  # 1, but for rounding
+    shares = np.cumsum([st.share for st in stages]) / whole
+    mean = sum(st.share * st.tokens for st in stages) / whole
     total = int(budget / mean + 1e-6)
     while True:
         ends = [round(total * share) for share in shares]
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
-        if sum(n * st.tokens for n, st in zip(counts, s.stages, strict=True)) <= budget:
-            break
+        if sum(n * st.tokens for n, st in zip(counts, stages, strict=True)) <= budget:
+            return counts
         total -= 1  # rounding may favour the larger stages
-    steps, start = [], 0
-    for i in range(total):
-        k = next(k for k, end in enumerate(ends) if i < end)
-        st, first = s.stages[k], ends[k] - counts[k]
-        part = (i - first) / max(1, counts[k] - 1)
-        grown = st.window[0] + (st.window[1] - st.window[0]) * part
-        left = (total - i) / max(1, round(s.cooldown * total))  # 1 at the cooldown's first step
-        lr = st.lr if left >= 1 else st.lr * left + s.lr_floor * (1 - left)
-        lr *= min(1.0, (i + 1) / max(1, round(s.warmup * total)))
-        warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
-        cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
-        mu = o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
-        tied = cfg.model.tie and i < round(s.untie * total)
-        after = total - 1 - i  # steps; the last one updates all and is a sample
-        adam = after % o.adam_every == 0
-        sample = after < round(o.tail * total) and after % o.tail_every == 0
-        window = math.ceil(grown / 128) * 128
-        each = (i, k, st.tokens, lr, mu, window, start, tied, adam, sample, st.candidates)
-        steps.append(Step(*each))
-        start += st.tokens
-    return steps
+
+
+def lr_at(i: int, total: int, stage: Stage, s: ScheduleConfig) -> float:
+    """Step i's factor on every group's lr: its stage's, in the cooldown linear to the floor
+    (records 18-46)."""
+    left = (total - i) / max(1, round(s.cooldown * total))  # 1 at the cooldown's first step
+    lr = stage.lr if left >= 1 else stage.lr * left + s.lr_floor * (1 - left)
+    return lr * min(1.0, (i + 1) / max(1, round(s.warmup * total)))
+
+
+def momentum_at(i: int, total: int, o: OptimConfig) -> float:
+    """Step i's momentum of Muon: it rises from its start, and falls back to it at the end."""
+    warm = i / o.momentum_warmup if o.momentum_warmup else 1.0
+    cool = (total - i - 1) / o.momentum_cooldown if o.momentum_cooldown else 1.0
+    return o.momentum_start + (o.momentum - o.momentum_start) * min(1.0, warm, cool)
 
 
 # ---- 2. World -----------------------------------------------------------------------------------
@@ -2861,6 +2943,7 @@ class Optimizer:
 
 SHARD_MAGIC = 20240520
 HEADER_BYTES = 256 * 4
+SPLITS = ("train", "dev", "val")
 DEV_TOKENS = 2_097_152  # held out of train where nothing else is named
 EDGES = (128, 512, 1024, 2048, 4096)  # of the positions that losses are reported by
 
@@ -3004,9 +3087,6 @@ class Corpus:
                     raise InputError(f"{path} has {said}: it was made with another tokenizer")
 
 
-SPLITS = ("train", "dev", "val")
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -3031,10 +3111,10 @@ class TokenStream:
         self.cache: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def order(self, turn: int) -> np.ndarray:
-        n = len(self.shards)
-        return (
-            np.random.default_rng((self.seed, turn)).permutation(n) if self.seed else np.arange(n)
-        )
+        """Indices of the shards as this pass reads them."""
+        if not self.seed:
+            return np.arange(len(self.shards))
+        return np.random.default_rng((self.seed, turn)).permutation(len(self.shards))
 
     def load(self, turn: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, first: whether a token opens a document) of a shard as this pass has it."""
@@ -3044,13 +3124,9 @@ class TokenStream:
             first = tokens == self.eot
             first[:1] = True
             if self.seed:
-                parts = np.split(tokens, np.flatnonzero(first)[1:])
                 rng = np.random.default_rng((self.seed, turn, index))
-                parts = [parts[i] for i in rng.permutation(len(parts))]
-                tokens = np.concatenate(parts)
-                first = np.zeros(len(tokens), bool)
-                first[np.cumsum([0] + [len(p) for p in parts[:-1]])] = True
-            while len(self.cache) >= 2:
+                tokens, first = permute_documents(tokens, first, rng)
+            while len(self.cache) >= 2:  # a read may run over from one into the next
                 self.cache.pop(next(iter(self.cache)))
             self.cache[key] = (tokens, first)
         return self.cache[key]
@@ -3072,6 +3148,15 @@ class TokenStream:
             tokens[done : done + n], first[done : done + n] = t[part], f[part]
             done += n
         return tokens, first
+
+
+def permute_documents(tokens: np.ndarray, first: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, first) with the documents, each of which a True of `first` opens, in other order."""
+    parts = np.split(tokens, np.flatnonzero(first)[1:])
+    parts = [parts[i] for i in rng.permutation(len(parts))]
+    first = np.zeros(len(tokens), bool)
+    first[np.cumsum([0] + [len(p) for p in parts[:-1]])] = True
+    return np.concatenate(parts), first
 
 
 @dataclass
@@ -3144,7 +3229,8 @@ def micro_rows(rows: int, row: int, micro_batch_tokens: int) -> int:
     return next(n for n in range(most, 0, -1) if rows % n == 0)
 
 
-# ---- 8. Run log ---------------------------------------------------------------------------------
+# ---- 8. Run folder ------------------------------------------------------------------------------
+# run.log and run.jsonl, and ckpt/step_*: what is written, and how it is read again.
 
 
 def sync(path: Path) -> None:
@@ -3155,15 +3241,19 @@ def sync(path: Path) -> None:
 
 
 class RunLog:
-    """run.log for people, run.jsonl for programs: a hash chain catches edits, not forgery."""
+    """run.log for people, run.jsonl for programs: a hash chain catches edits, not forgery.
 
-    def __init__(self, folder: Path, active: bool, progress: bool = True):
+    Rank 0's is `active`, the others' write nothing. On a terminal there is a bar, too.
+    """
+
+    def __init__(self, folder: Path, active: bool):
         self.folder, self.active = folder, active
-        self.h, self.bar = "", progress and active and sys.stderr.isatty()
+        self.h, self.bar = "", active and sys.stderr.isatty()
         if active:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, kind: str, /, **values) -> None:
+        """A line of run.jsonl."""
         if not self.active:
             return
         line = json.dumps({"t": kind, **values})
@@ -3172,6 +3262,7 @@ class RunLog:
             f.write(f'{line[:-1]}, "h": "{self.h}"}}\n')
 
     def say(self, text: str) -> None:
+        """Lines of run.log, and on the terminal."""
         if not self.active:
             return
         if self.bar:
@@ -3190,30 +3281,29 @@ class RunLog:
             sys.stderr.write(f"\r\033[K[{'=' * full}{' ' * (24 - full)}] {text}")
             sys.stderr.flush()
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """By the names that a checkpoint's offsets have."""
+        return {"log": self.folder / "run.log", "jsonl": self.folder / "run.jsonl"}
+
     def offsets(self) -> dict[str, int]:
-        files = {"log": self.folder / "run.log", "jsonl": self.folder / "run.jsonl"}
-        for path in files.values():
+        """Bytes of each file, all of them on the disk by then."""
+        for path in self.files.values():
             if path.exists():
                 sync(path)
-        return {k: p.stat().st_size if p.exists() else 0 for k, p in files.items()}
+        return {k: p.stat().st_size if p.exists() else 0 for k, p in self.files.items()}
 
     def truncate(self, offsets: dict[str, int], h: str) -> None:
         """Back to where a checkpoint was saved; InputError where the logs do not reach so far."""
-        for key, name in (("log", "run.log"), ("jsonl", "run.jsonl")):
-            file = self.folder / name
-            if self.active and (not file.is_file() or file.stat().st_size < offsets[key]):
+        for key, file in self.files.items() if self.active else ():
+            if not file.is_file() or file.stat().st_size < offsets[key]:
                 raise InputError(f"{file} is shorter than its checkpoint says: start a new run")
-            if self.active:
-                os.truncate(file, offsets[key])
+            os.truncate(file, offsets[key])
         self.h = h
 
 
-PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12}
-PEAK_BF16 |= {"RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10G": 70e12, "B200": 2250e12}
-
-
 def machine(world: World) -> dict:
-    """The environment as the header has it; peak_flops is the BF16 datasheet figure or None."""
+    """The environment as the header has it."""
     env = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -3235,7 +3325,12 @@ def machine(world: World) -> dict:
     return env
 
 
+PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12}
+PEAK_BF16 |= {"RTX 4090": 165.2e12, "RTX 3090": 71e12, "A10G": 70e12, "B200": 2250e12}
+
+
 def peak_flops(env: dict) -> float | None:
+    """Of `machine`'s GPU in BF16, a second, dense, as its datasheet says; None of others."""
     return next((v for k, v in PEAK_BF16.items() if env["gpu"] and k in env["gpu"]), None)
 
 
@@ -3262,17 +3357,16 @@ def process_age() -> float:
 
 
 def git_state() -> dict | None:
+    """The commit that this file is of, and whether tracked files differ; None outside of git."""
+    how = {"cwd": HERE, "text": True, "stderr": subprocess.DEVNULL}
+    run = functools.partial(subprocess.check_output, **how)
     try:
-        run = functools.partial(subprocess.check_output, cwd=HERE, text=True, stderr=-3)
         return {
             "commit": run(["git", "rev-parse", "HEAD"]).strip(),
             "dirty": bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).strip()),
         }
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-# ---- 9. Checkpoint ------------------------------------------------------------------------------
 
 
 def to_host(t: Tensor) -> Tensor:
@@ -3420,14 +3514,178 @@ def load_model(
     return model.to(device).eval(), meta
 
 
+# ---- 9. Process ---------------------------------------------------------------------------------
+# Exit codes and exit.json, which says them; whose a run folder is; restarts by torchrun; signals
+# and lost peers; what is set for a whole process.
+
+EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
+# What any rank says of itself, and not rank 0 alone.
+OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
+# What a restart cannot mend.
+FINAL = tuple(EXIT_CODES[name] for name in ("done", "input", "non-finite", "memory"))
+GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
+
+
+def job() -> str:
+    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
+    env = os.environ
+    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
+    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
+    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
+
+
+def own_exit(folder: Path) -> dict:
+    """exit.json of a run folder, {} where this job has written none: code (null while it runs),
+    reason, job."""
+    try:
+        said = json.loads((folder / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) and said.get("job") == job() else {}
+
+
+def put_exit(folder: Path, code: int | None, reason: str) -> None:
+    """Writes exit.json, whole or not at all."""
+    aside = folder / f".exit.{os.getpid()}"
+    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
+    os.replace(aside, folder / "exit.json")
+
+
+def mark_running(folder: Path) -> None:
+    put_exit(folder, None, "running, or killed")
+
+
+def write_exit(folder: Path | None, code: int, reason: str) -> None:
+    """RUN/exit.json, because torchrun returns 1 whatever its workers return.
+
+    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
+    so the first word counts, and 4 is never the last.
+    """
+    if folder is None or not folder.is_dir():
+        return
+    main, first = int(os.environ.get("RANK", 0)) == 0, own_exit(folder).get("code") is None
+    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
+        put_exit(folder, code, reason)
+
+
+def named_folder(argv: list[str]) -> Path | None:
+    """The folder that --out and --run-id name, made where it is missing: there a run under torchrun
+    that ends before it has a folder leaves its exit.json. None where it has no name, or where
+    another's run lies."""
+    if "--run-id" not in argv[:-1] or int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return None
+    after = dict(itertools.pairwise(argv))
+    folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
+    if has_log(folder):  # another run's: nothing is written over
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def has_log(folder: Path) -> bool:
+    """Whether a run's log lies there, also as `./run.sh records --pack` leaves it."""
+    return any((folder / name).exists() for name in ("run.jsonl", "run.jsonl.xz"))
+
+
+def refuse_held(folder: Path) -> None:
+    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
+    if has_log(folder) and not (restarts() and own_exit(folder)):
+        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
+
+
+def refuse_place(out: str) -> None:
+    """Refuses an --out in which no folder can be made, before minutes of compilation."""
+    path = Path(out).absolute()
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: {place} is no folder to write in")
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has restarted the workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class Ended(Exception):
+    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
+    exit code, reason."""
+
+
+def after_restart(cfg: Config) -> Config:
+    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
+    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
+    named = cfg.run.run_id or cfg.run.resume
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not named:
+        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
+    folder = Path(cfg.run.out) / cfg.run.run_id
+    if cfg.run.resume:
+        path = Path(cfg.run.resume).resolve()
+        folder = path.parents[1] if (path / "DONE").is_file() else path
+    said = own_exit(folder)
+    if not restarts() or not said:
+        return cfg
+    if said.get("code") in FINAL:
+        raise Ended(said["code"], f"not started again: {said.get('reason')}")
+    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
+
+
+def heed_signals(trainer: Trainer) -> None:
+    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
+    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
+    say so."""
+
+    def give_up() -> None:
+        if trainer.agreed or trainer.folder is None:
+            return
+        code = EXIT_CODES["peer lost"]
+        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
+        write_exit(trainer.folder, code, reason)
+        os._exit(code)
+
+    def watch(wake: int) -> None:
+        os.read(wake, 1)
+        time.sleep(GRACE_SECONDS)
+        give_up()
+
+    def stop(*_) -> None:
+        trainer.stop = True
+
+    if trainer.world.size > 1:
+        # While the main thread waits for the device, Python runs no handler: but the number of the
+        # signal is in this pipe at once.
+        wake, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
+        threading.Thread(target=watch, args=(wake,), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def peer_lost(e: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
+    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
+
+
+def set_environment() -> None:
+    """What every training process sets before its first GPU work."""
+    # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
+
+
+def configure_compiler() -> None:
+    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 # ---- 10. Train ----------------------------------------------------------------------------------
 
 
 class NonFinite(RuntimeError):
     """Loss or gradient is not finite. Exit code 3; nothing was updated in that step or after."""
-
-
-EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
 
 
 @dataclass
@@ -4664,12 +4922,6 @@ def bpb_text(result: dict) -> str:
     return "" if result["bpb"] is None else f" bpb:{result['bpb']:.4f}"
 
 
-def configure_compiler() -> None:
-    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
 def train(cfg: Config, *, hooks: Hooks | None = None) -> dict:
     """Trains `cfg` once and returns its figures (see `Trainer.run`)."""
     return Trainer(cfg, hooks).run()
@@ -4683,153 +4935,6 @@ def smaller(trainer: Trainer | None) -> str:
     if rows > 1:
         return f"--micro-batch-tokens {rows // 2 * row}"
     return f"--row-tokens {row // 2}, or --val-row-tokens where it was validating"
-
-
-def restarts() -> int:
-    """How often torchrun (--max-restarts) has restarted the workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def job() -> str:
-    """This torchrun job's name, the same on all ranks and over its restarts, of no other job."""
-    env = os.environ
-    one = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")  # then all have one parent
-    where = f"{platform.node()}-{os.getppid()}" if one else env.get("MASTER_ADDR", "")
-    return f"{env.get('TORCHELASTIC_RUN_ID', '')}/{where}"
-
-
-def read_exit(folder: Path) -> dict:
-    """exit.json of a run folder, {} where there is none: code (null while it runs), reason, job."""
-    try:
-        said = json.loads((folder / "exit.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def put_exit(folder: Path, code: int | None, reason: str) -> None:
-    aside = folder / f".exit.{os.getpid()}"
-    aside.write_text(json.dumps({"code": code, "reason": reason, "job": job()}))
-    os.replace(aside, folder / "exit.json")
-
-
-def mark_running(folder: Path) -> None:
-    put_exit(folder, None, "running, or killed")
-
-
-def has_log(folder: Path) -> bool:
-    """Whether a run's log lies there, also as `./run.sh records --pack` leaves it."""
-    return any((folder / name).exists() for name in ("run.jsonl", "run.jsonl.xz"))
-
-
-def refuse_held(folder: Path) -> None:
-    """A folder that holds a run is another's, but for a worker that torchrun restarted in it."""
-    mine = restarts() > 0 and read_exit(folder).get("job") == job()
-    if has_log(folder) and not mine:
-        raise InputError(f"{folder} holds a run already: another --run-id, or --resume it")
-
-
-def refuse_place(out: str) -> None:
-    """Refuses an --out in which no folder can be made, before minutes of compilation."""
-    path = Path(out).absolute()
-    place = next(p for p in (path, *path.parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"--out {out}: {place} is no folder to write in")
-
-
-class Ended(Exception):
-    """A restarted worker finds that its run has ended in a way that a restart cannot mend; args:
-    exit code, reason."""
-
-
-def after_restart(cfg: Config) -> Config:
-    """`cfg` as a worker goes on with that torchrun restarted: from the newest whole checkpoint of
-    its own run. Raises Ended after bad input, a non-finite step or too little memory."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
-        cfg.run.run_id or cfg.run.resume
-    ):
-        raise InputError("torchrun --max-restarts needs --run-id: by it a restart finds its run")
-    folder = Path(cfg.run.out) / cfg.run.run_id
-    if cfg.run.resume:
-        path = Path(cfg.run.resume).resolve()
-        folder = path.parents[1] if (path / "DONE").is_file() else path
-    said = read_exit(folder)
-    if not restarts() or said.get("job") != job():
-        return cfg
-    if said.get("code") in (0, *(EXIT_CODES[name] for name in ("input", "non-finite", "memory"))):
-        raise Ended(said["code"], f"not started again: {said.get('reason')}")
-    return cfg.with_(resume=str(folder)) if whole_checkpoints(folder / "ckpt") else cfg
-
-
-def write_exit(folder: Path | None, argv: list[str], code: int, reason: str) -> None:
-    """RUN/exit.json, because torchrun returns 1 whatever its workers return. Under torchrun a run
-    that ends before it has a folder leaves it where --out and --run-id say.
-
-    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
-    so the first word counts, and 4 is never the last.
-    """
-    if folder is None and "--run-id" in argv[:-1] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        after = dict(itertools.pairwise(argv))
-        folder = Path(after.get("--out", "runs")) / Path(after["--run-id"]).name
-        if has_log(folder):  # another run's: nothing is written over
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-    if folder is None or not folder.is_dir():
-        return
-    said, main = read_exit(folder), int(os.environ.get("RANK", 0)) == 0
-    first = said.get("code") is None or said.get("job") != job()
-    if (main and (first or code != EXIT_CODES["peer lost"])) or (first and code in OWN_FAULTS):
-        put_exit(folder, code, reason)
-
-
-OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
-GRACE_SECONDS = 25  # torchrun kills its workers 30 s after a SIGTERM
-
-
-def heed_signals(trainer: Trainer) -> None:
-    """SIGTERM and SIGINT: all ranks finish the step, save and exit 75. torchrun sends SIGTERM also
-    where a rank has died; a collective of NCCL waits for that rank, so this one gives up in time to
-    say so."""
-
-    def give_up() -> None:
-        if trainer.agreed or trainer.folder is None:
-            return
-        code = EXIT_CODES["peer lost"]
-        reason = f"no step ended within {GRACE_SECONDS} s of a signal: a rank is lost"
-        write_exit(trainer.folder, [], code, reason)
-        os._exit(code)
-
-    def watch(wake: int) -> None:
-        os.read(wake, 1)
-        time.sleep(GRACE_SECONDS)
-        give_up()
-
-    def stop(*_) -> None:
-        trainer.stop = True
-
-    if trainer.world.size > 1:
-        # While the main thread waits for the device, Python runs no handler: but the number of the
-        # signal is in this pipe at once.
-        wake, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # not theirs
-        threading.Thread(target=watch, args=(wake,), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
-def peer_lost(e: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    said = re.search(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|gloo|NCCL", str(e))
-    return dist.is_initialized() and (isinstance(e, dist.DistError) or said is not None)
-
-
-def set_environment() -> None:
-    """What every training process sets before its first GPU work."""
-    # Fewer holes between blocks of memory: sizes differ from call to call (record 28 on).
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
 
 
 def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
@@ -4861,7 +4966,7 @@ def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | 
     rank = int(os.environ.get("RANK", 0))
     if code and (rank == 0 or code in OWN_FAULTS):
         print(f"train_gpt.py: {reason}", file=sys.stderr)
-    write_exit(getattr(trainer, "folder", None), argv, code, reason)
+    write_exit(getattr(trainer, "folder", None) or named_folder(argv), code, reason)
     if trainer is not None and code not in OWN_FAULTS:  # else it would wait for the other ranks
         trainer.world.close()
     return code

@@ -321,12 +321,12 @@ class Tuning:
         except ENDS as e:
             if isinstance(e, torch.OutOfMemoryError) and self.smaller:
                 e.add_note(f"run again with {self.smaller}")
-            T.write_exit(trainer.folder, [], *said_of(e))
+            T.write_exit(trainer.folder, *said_of(e))
             raise
         finally:
             self.save_kept()
         folder = trainer.folder
-        T.write_exit(folder, [], T.EXIT_CODES["done"], "done")
+        T.write_exit(folder, T.EXIT_CODES["done"], "done")
         trainer.model.load_state_dict(self.kept.weights)  # a second table of n-grams may not fit
         window = T.windows(self.start.window, trainer.world.device)
         scores = self.task.score(trainer.model, sample.meta_of(folder), window)

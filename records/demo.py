@@ -146,7 +146,7 @@ def train(cfg: T.Config) -> Path:
         code, reason = T.EXIT_CODES["signal"], "saved on a signal"
         raise
     finally:
-        T.write_exit(trainer.folder, [], code, reason)
+        T.write_exit(trainer.folder, code, reason)
         for number, handler in before.items():
             signal.signal(number, handler)
 

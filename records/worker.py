@@ -120,7 +120,7 @@ def run(trainer: T.Trainer, command: dict) -> dict:
     trainer.labels, park = command.pop("labels"), command.pop("park")
     trainer.reset(**command)
     result = trainer.run()
-    T.write_exit(trainer.folder, [], T.EXIT_CODES["done"], "done")
+    T.write_exit(trainer.folder, T.EXIT_CODES["done"], "done")
     if park:
         trainer.park()
     return result
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         return 0
     except Exception as error:  # whatever it is, compare is waiting for a word
         code, reason = failure(error, trainer)
-        T.write_exit(getattr(trainer, "folder", None), [], code, reason)
+        T.write_exit(getattr(trainer, "folder", None), code, reason)
         line.say(failed={"code": code, "reason": reason})
         return code
 

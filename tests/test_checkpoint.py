@@ -121,13 +121,16 @@ def test_garbage_after_the_checkpoint_is_cut_off(whole, text_data, tmp_path):
 
 # A process of its own (whose torch generator starts elsewhere than pytest's, hence "rng" below).
 CHILD = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 import train_gpt as T
 torch.set_num_threads(1)
 
 def after_step(trainer, step):
     if step.index == 6:  # after 7 steps, in the second stage
+        due = trainer.folder / "ckpt" / "step_00000006"
+        while trainer.cfg.run.save_every and not due.exists():  # a thread writes it
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.{signal})
 
 sys.exit(T.main(sys.argv[1:], lambda cfg: T.Hooks(after_step=after_step)))
