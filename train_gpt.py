@@ -3523,7 +3523,7 @@ def check_folders(run: RunConfig) -> None:
         refuse_place(run.out)
 
 
-def check_data(cfg: Config, corpus: Corpus, steps: list[Step]) -> None:
+def check_with_data(cfg: Config, corpus: Corpus, steps: list[Step]) -> None:
     """InputError where these settings do not go with this data."""
     run, data = cfg.run, cfg.data
     for split in ("dev", *(["val"] if run.final_val else [])):
@@ -3655,7 +3655,8 @@ class LanguageModel:
     def of(
         cls, model: nn.Module, cfg: Config, dtype: torch.dtype, kernels: dict[str, str]
     ) -> LanguageModel:
-        """That of a run, with what runs of `kernels`, which `choose_kernels` made."""
+        """A run's, with the kernels that `choose_kernels` found no reason against; its copy head
+        looks back as in training."""
         run, runs = cfg.run, {name for name, reason in kernels.items() if not reason}
         for module in model.modules():
             if isinstance(module, MLP):
@@ -4096,7 +4097,7 @@ class Trainer:
         self.cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
         self.steps = steps_of(self.cfg, self.corpus)
         check_folders(self.cfg.run)
-        check_data(self.cfg, self.corpus, self.steps)
+        check_with_data(self.cfg, self.corpus, self.steps)
         self.data_digests = self.corpus.check_digests()
         self.corpus.check_tokens()
         if cfg.run.deterministic:
