@@ -3756,8 +3756,245 @@ class Clock:
         return self.seconds + time.perf_counter() - self.mark
 
 
+def steps_of(cfg: Config, corpus: Corpus) -> list[Step]:
+    """The steps of the budget, or of the text where there is none; refuses more than the text has
+    (`passes` times)."""
+    s, have = cfg.schedule, corpus.tokens("train")
+    if s.tokens > have * s.passes:
+        raise InputError(
+            f"--tokens {s.tokens} is more than {s.passes} pass(es) over the {have} train "
+            "tokens found: get more shards (./run.sh data), or raise --passes"
+        )
+    steps = plan_steps(cfg, s.tokens or min(s.most_tokens, have * s.passes))
+    if not steps:
+        raise InputError("too few tokens for one step: train on more text or smaller --stages")
+    return steps
+
+
+def check_folders(run: RunConfig) -> None:
+    """InputError where there is nothing to go on from, or no place for a new run."""
+    if run.resume:
+        find_checkpoint(run.resume)
+    elif run.run_id:
+        refuse_held(Path(run.out) / run.run_id)
+    if not run.resume:
+        refuse_place(run.out)
+
+
+def check_with_data(cfg: Config, corpus: Corpus, steps: list[Step]) -> None:
+    """InputError where these settings do not go with this data."""
+    run, data = cfg.run, cfg.data
+    for split in ("dev", *(["val"] if run.final_val else [])):
+        if corpus.splits.get(split) and corpus.tokens(split) < 2:
+            raise InputError(f"the {split} split is empty: give it 2 tokens or more")
+    if cfg.model.vocab < corpus.vocab:
+        raise InputError(f"--vocab {cfg.model.vocab}: the data has {corpus.vocab}")
+    classes = padded(cfg.model.vocab)
+    for stage in cfg.schedule.stages:
+        if stage.candidates >= classes:
+            raise InputError(
+                f"--stages {stage}: {stage.candidates} candidates of the {classes} classes "
+                "that this data has: leave them out, or take --preset demo or r28"
+            )
+    rows = {step_rows(s.tokens, data.row_tokens)[1] for s in steps} | {data.val_row_tokens}
+    odd = sorted(r for r in rows if r % BLOCK)
+    if odd and run.device != "cpu" and torch.cuda.is_available():
+        raise InputError(f"rows of {odd} tokens: on a GPU they are multiples of {BLOCK}")
+
+
+def dtype_of(name: str, world: World, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The setting `name`; "auto" is `half` on a GPU and float32 on a CPU."""
+    auto = half if world.cuda else torch.float32
+    return auto if name == "auto" else getattr(torch, name)
+
+
+def bare_model(cfg: Config, hooks: Hooks, dtype: torch.dtype) -> nn.Module:
+    """A model whose weights are still to be drawn."""
+    length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
+    if hooks.model is not None:
+        return hooks.model(cfg, length, dtype)
+    return GPT(cfg.model, length, dtype)
+
+
+def new_model(cfg: Config, hooks: Hooks, dtype: torch.dtype) -> nn.Module:
+    """A model as the seed has it, on the CPU: also in what a user's plain modules draw."""
+    torch.manual_seed(cfg.run.seed)
+    model = bare_model(cfg, hooks, dtype)
+    init_parameters(model, cfg.run.seed)
+    return model
+
+
+def make_optimizer(model: nn.Module, cfg: Config, hooks: Hooks, world: World) -> Optimizer:
+    """From then on the model's weights lie in its banks."""
+    if hooks.optimizer is not None:
+        optimizer = hooks.optimizer(model, cfg, world)
+    else:
+        optimizer = Optimizer(model, parameter_groups(cfg.optim), world)
+    optimizer.clip = cfg.optim.grad_clip
+    optimizer.muon_dtype = dtype_of(cfg.optim.muon_dtype, world, torch.float16)
+    return optimizer
+
+
+def announce(cfg: Config, world: World, what: str) -> None:
+    """A line for who waits: what is being compiled now."""
+    if world.main and cfg.run.compile:
+        print(f"compiling: {what} ({process_age():.0f} s)", file=sys.stderr, flush=True)
+
+
 # What may fall back on plain PyTorch.
 KERNELS = ("fp8", "fa4", "mlp_kernel", "mlp_fp8", "loss_kernel")
+
+
+def try_kernels(cfg: Config, world: World, model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """{what this model could use of KERNELS, and the one of an n-gram table: why plain PyTorch
+    takes its place on this rank, or ""}."""
+    run, device = cfg.run, world.device
+    bf16, why = dtype == torch.bfloat16, {}
+    if run.fp8 and world.cuda:
+        works = bf16 and fp8_works(device)
+        why["fp8"] = "" if works else f"no FP8 products here in {dtype}"
+    if run.attention == "fa4" and run.deterministic:
+        why["fa4"] = "its backward adds in any order, which --deterministic is against"
+    elif run.attention == "fa4":
+        announce(cfg, world, "FlashAttention-4's kernels")
+        why["fa4"] = probe_fa4(device, fa4_shapes(model))
+    widths = {m.up.weight.size(0) for m in model.modules() if isinstance(m, MLP)}
+    if run.mlp_kernel and widths:
+        reason = "" if bf16 else f"it computes in bfloat16, not in {dtype}"
+        odd = [width for width in widths if width % 8]
+        reason = f"it wants widths by 8, not {odd}" if odd else reason
+        why["mlp_kernel"] = reason or probe_mlp(device)
+    if run.mlp_fp8 and widths:
+        odd = [width for width in widths if width % 16]
+        reason = f"it wants widths by 16, not {odd}" if odd else ""
+        reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
+        why["mlp_fp8"] = reason or probe_mlp_fp8(device, run.mlp_fp8 == "both")
+    if run.loss_kernel and why.get("fp8") == "" and model.softcap:
+        mixed = getattr(model, "pointer", None) is not None
+        why["loss_kernel"] = probe_loss(device, mixed)
+    if getattr(model, "ngram", None) is not None and world.cuda:
+        why["ngram"] = probe_rows(device)
+    return why
+
+
+def choose_kernels(
+    cfg: Config, world: World, model: nn.Module, dtype: torch.dtype
+) -> dict[str, str]:
+    """What `try_kernels` finds, the same on every rank. On by default, so what has no use is left
+    out, and a CPU's reasons are. Raises InputError where --attention fa4 cannot be served."""
+    why = try_kernels(cfg, world, model, dtype)
+    found = world.gather(why)  # each rank tried for itself: one that fails decides for all
+    why = {name: next((one[name] for one in found if one[name]), "") for name in why}
+    if not world.cuda:
+        why = {name: reason for name, reason in why.items() if not reason or name == "fa4"}
+    if why.get("ngram") and world.size > 1:
+        raise InputError(f"--ngram on several GPUs needs its kernel: {why['ngram']}")
+    if why.get("fa4") and not cfg.run.deterministic:
+        raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
+    return why
+
+
+class LanguageModel:
+    """A model with its table of n-grams, its copy head and the head's loss: tokens to losses, and
+    back. compiled: the model, the table and the copy head, each a graph of its own. fa4: attention
+    is FlashAttention-4's, which reads windows on the host."""
+
+    def __init__(self, model: nn.Module, head: Head, compiled: bool = False, fa4: bool = False):
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        wrap = wrap if compiled else lambda f: f
+        self.model, self.head, self.fa4 = model, head, fa4
+        self.forward = wrap(model)
+        self.ngram: Ngram | None = getattr(model, "ngram", None)
+        self.lookup = None if self.ngram is None else wrap(self.ngram.lookup)
+        pointer = getattr(model, "pointer", None)
+        self.pointer = None if pointer is None else wrap(pointer)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, cfg: Config, dtype: torch.dtype, kernels: dict[str, str]
+    ) -> LanguageModel:
+        """A run's, with the kernels that `choose_kernels` found no reason against; its copy head
+        looks back as in training."""
+        run, runs = cfg.run, {name for name, reason in kernels.items() if not reason}
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.fused = "mlp_kernel" in runs
+                module.fp8 = run.mlp_fp8 if "mlp_fp8" in runs else ""
+        fp8, fused = "fp8" in runs, "loss_kernel" in runs
+        head = Head(model.head, model.softcap, dtype, fp8, run.compile, fused, cfg.model.tie)
+        if run.compile:
+            configure_compiler()
+        made = cls(model, head, run.compile, "fa4" in runs)
+        made.look_back(COPY_BAND)
+        return made
+
+    def look_back(self, tokens: int) -> None:
+        """How far a copy head does from now on."""
+        if getattr(self.model, "pointer", None) is not None:
+            self.model.pointer.band.fill_(tokens)
+
+    def windows(self, long: int) -> Tensor:
+        """Those of the function of the same name, where the attention reads them; once a step."""
+        return windows(long, torch.device("cpu") if self.fa4 else self.head.weight.device)
+
+    def window_of(self, both: Tensor, docs: Tensor) -> Tensor | Limits:
+        """The model's `window` for a call on rows `docs`, which are still on the CPU."""
+        return Limits(torch.cat([both, count_documents(docs)])) if self.fa4 else both
+
+    def looked_up(self, part: Batch) -> tuple[Tensor, ...]:
+        """What the forward gets of an n-gram table, whose gradient is the rows': () without one."""
+        if self.ngram is None:
+            return ()
+        return (self.lookup(part.tokens, part.docs).requires_grad_(),)
+
+    def through_head(
+        self,
+        part: Batch,
+        window: Tensor | Limits,
+        scale: Tensor,
+        candidates: int,
+        position: int | Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[Tensor], list[Tensor]]]:
+        """Forward, and the way back as far as `backward` begins it: (losses [N], what an n-gram
+        table gave, what is left of the way back). `head.prepare` comes before."""
+        pairs = self.looked_up(part)
+        h = self.forward(part.tokens, part.docs, window, *pairs)
+        losses, back = self.backward(h, part, scale, candidates, position)
+        return losses, pairs, back
+
+    def backward(
+        self,
+        h: Tensor,
+        part: Batch,
+        scale: Tensor,
+        candidates: int = 0,
+        position: int | Tensor = 0,
+    ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Begins the way back of scale x the sum of the losses [N], which it returns with what is
+        left of it, (tensors, their gradients): the head's is in its .grad. h [B, T, d]: what the
+        model returned; candidates, position: see `Head.backward`."""
+        flat, targets = h.detach().flatten(0, 1), part.targets.flatten()
+        if self.pointer is None:
+            losses, grad = self.head.backward(flat, targets, scale, candidates, position)
+            return losses, ([h], [grad.view_as(h)])
+        copied, kept = self.pointer(h, part.tokens, part.docs, part.targets)
+        apart = copied.detach().flatten()
+        losses, grad = self.head.backward(flat, targets, scale, candidates, position, apart)
+        counts = losses != 0 if candidates else targets >= 0  # or it is no candidate
+        share = torch.where(counts, torch.exp(apart + losses), 0.0)  # of p that is copied
+        grads = (grad, -scale * share, torch.where(counts, -scale, 0.0))
+        roots = [h, copied, kept]
+        back = roots, [g.view_as(t) for g, t in zip(grads, roots, strict=True)]
+        return losses - torch.where(counts, kept.detach().flatten(), 0.0), back
+
+    @torch.no_grad()
+    def losses(self, h: Tensor, batch: Batch) -> Tensor:
+        """[N] fp32, nats, of the model's output h [B, T, d]; 0 where the target is negative."""
+        flat, targets = h.flatten(0, 1), batch.targets.flatten()
+        if self.pointer is None:
+            return self.head.losses(flat, targets)
+        copied, kept = self.pointer(h, batch.tokens, batch.docs, batch.targets)
+        return self.head.losses(flat, targets, copied.flatten()) - kept.flatten()
 
 
 class Recorder:
@@ -3807,19 +4044,20 @@ class CallGraph:
 
     def __init__(
         self,
-        trainer: Trainer,
+        lm: LanguageModel,
+        recorder: Recorder,
         part: Batch,
         window: Tensor | Limits,
         scale: Tensor,
         candidates: int,
         ran: bool,
     ):
-        self.trainer, self.candidates, device = trainer, candidates, scale.device
+        self.lm, self.recorder, self.candidates, device = lm, recorder, candidates, scale.device
         self.part = Batch(*(torch.empty_like(t, device=device) for t in vars(part).values()))
         self.window = window if isinstance(window, Limits) else torch.empty_like(window)
         self.scale = torch.empty_like(scale)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.params = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.params = [p for p in lm.model.parameters() if p.requires_grad]
         self.replay: Callable[[], None] | None = None
         self.ran = ran
 
@@ -3851,7 +4089,7 @@ class CallGraph:
         return self.losses, [g.clone() for g in self.found]  # which may wait for a later step
 
     def record(self) -> None:
-        recorder = self.trainer.recorder
+        recorder = self.recorder
         self.replay = recorder.record(self.work)
         self.losses = recorder.lend(self.losses)
         self.grads = [(p, recorder.lend(g)) for p, g in self.grads]
@@ -3860,13 +4098,12 @@ class CallGraph:
     def work(self) -> None:
         """Leaves `losses`, `grads` of the parameters that have one, and those of the table's rows;
         .grad as it was."""
-        trainer, weight, part = self.trainer, self.trainer.head.weight, self.part
+        lm, weight = self.lm, self.lm.head.weight
         before, weight.grad = weight.grad, None
-        trainer.head.prepare()
-        pairs = trainer.looked_up(part)
-        h = trainer.forward(part.tokens, part.docs, self.window, *pairs)
-        back = trainer.backward(h, part, self.scale, self.candidates, self.position)
-        self.losses, (roots, grads) = back
+        lm.head.prepare()
+        self.losses, pairs, (roots, grads) = lm.through_head(
+            self.part, self.window, self.scale, self.candidates, self.position
+        )
         inputs = [*self.params, *pairs]
         grads = torch.autograd.grad(roots, inputs, grads, allow_unused=True)
         both = dict(zip(self.params, grads[: len(self.params)], strict=True))
@@ -3875,6 +4112,42 @@ class CallGraph:
         both[weight], weight.grad = weight.grad, before
         self.grads = [(p, g) for p, g in both.items() if g is not None]
         self.found = grads[len(self.params) :]
+
+
+class CallGraphs:
+    """The graphs of a language model's training calls, each made when it is first asked for."""
+
+    def __init__(self, lm: LanguageModel, recorder: Recorder | None):
+        self.lm, self.recorder = lm, recorder
+        self.calls: dict[tuple, CallGraph] = {}
+        self.documents = FA4_GRAPHED  # that a graph's kernels are told of; it only grows
+
+    def of(self, part: Batch, window: Tensor | Limits, scale: Tensor, candidates: int) -> CallGraph:
+        """That of calls of this shape and, under FlashAttention-4, of these windows, with room for
+        the documents of any call so far."""
+        key = shape = (*part.tokens.shape, candidates)
+        if isinstance(window, Limits):
+            self.documents = max(self.documents, documents_told(window.values))
+            values = [*window.values[:2].tolist(), self.documents]
+            window, key = Limits(torch.tensor(values, dtype=torch.int32)), (*shape, *values)
+        if key not in self.calls:
+            ran = any(other[:3] == shape and call.ran for other, call in self.calls.items())
+            self.calls[key] = CallGraph(
+                self.lm, self.recorder, part, window, scale, candidates, ran
+            )
+        return self.calls[key]
+
+    def missing(self, wanted: set[tuple]) -> list[tuple]:
+        """Which of `wanted`, (rows, tokens a row, candidates, long window), have no graph yet with
+        room for the documents of any call so far; under FlashAttention-4."""
+        have = {key[:4] for key in self.calls if key[5] == self.documents}
+        return sorted(wanted - have)
+
+    def drop(self) -> None:
+        """Gives up the graphs and their memory."""
+        self.calls.clear()
+        if self.recorder is not None:
+            self.recorder.renew()
 
 
 class Ahead:
@@ -3937,6 +4210,133 @@ class Ahead:
         self.children.clear()
 
 
+class Hollow:
+    """A language model of fake tensors: its graphs compile as a real one's do, and take no memory.
+    job: what `Ahead` asks for."""
+
+    def __init__(self, job: dict):
+        self.cfg, hooks = config_from_flat(job["config"]), Hooks()
+        world = World(torch.device(job["device"]), job["rank"], job["size"])
+        self.device, self.dtype = world.device, dtype_of(self.cfg.run.dtype, world)
+        if self.cfg.run.deterministic:
+            be_deterministic()
+        if world.cuda:
+            torch.cuda.set_device(world.device)
+        self.fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake, self.device:
+            model = bare_model(self.cfg, hooks, self.dtype)
+            self.optimizer = make_optimizer(model, self.cfg, hooks, world)
+            self.lm = LanguageModel.of(model, self.cfg, self.dtype, job["kernels"])
+            if self.lm.ngram is not None:
+                self.lm.ngram.make()
+
+    @staticmethod
+    def main() -> None:
+        """What a process of `Ahead` does."""
+        signal.alarm(Ahead.SECONDS)
+        os.nice(5)
+        job = json.loads(sys.argv[2])
+        Hollow(job).compile_call(job["call"])
+
+    def compile_call(self, call: list[int] | None) -> None:
+        """The graphs of a training call, both ways, or of one of validation, into the caches."""
+        lm, m, d = self.lm, self.cfg.model, self.cfg.data
+        shape = call or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
+        with self.fake, self.device:
+            tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
+            targets = torch.empty(shape, dtype=torch.int64)
+            h, pairs = (torch.empty(*shape, m.d_model, dtype=self.dtype) for _ in range(2))
+            window = torch.empty(2, dtype=torch.int32)
+            limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
+        pairs = () if lm.ngram is None else (pairs.requires_grad_(),)
+        with torch.set_grad_enabled(call is not None):
+            if pairs:
+                into_caches(lm.ngram.lookup, tokens, docs)
+            into_caches(lm.model, tokens, docs, limits if lm.fa4 else window, *pairs)
+            if lm.pointer is not None:
+                h.requires_grad_(call is not None)
+                into_caches(lm.model.pointer, h, tokens, docs, targets)
+
+
+class Compiled(Exception):
+    """In the place of a call."""
+
+
+def into_caches(function: Callable, *args) -> None:
+    """Compiles a graph, and its way back, too, which else would wait for its first use."""
+    functorch = importlib.import_module("torch._functorch.config")
+    inductor = importlib.import_module("torch._inductor.compile_fx")
+
+    def no_call(*_):
+        raise Compiled
+
+    def backend(graph, inputs):
+        with functorch.patch(force_non_lazy_backward_lowering=True):
+            inductor.compile_fx(graph, inputs)
+        return no_call
+
+    with contextlib.suppress(Compiled):
+        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*args)
+
+
+class WarmUp:
+    """Training calls that train nothing and one of validation, so that every graph that a trainer's
+    stages need is compiled, and recorded, before the clock starts, whatever the budget."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.stream = TokenStream(trainer.corpus.splits["train"], trainer.corpus.eot)
+
+    def run(self) -> float:
+        """Returns the seconds that it took; after it a recompile is an error."""
+        trainer, cfg, world = self.trainer, self.trainer.cfg, self.trainer.world
+        began = time.perf_counter()
+        if world.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        dynamo = torch._dynamo.config
+        dynamo.error_on_recompile = False
+        if trainer.lm.ngram is not None:
+            trainer.lm.ngram.make()
+        stages = cfg.schedule.stages
+        shapes = {(*trainer.call_shape(s.tokens), s.candidates) for s in stages}
+        # The largest first: a graph of smaller calls then fits into its memory.
+        shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
+        with contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
+            for shape in shapes:
+                of = f", loss over {shape[2]} classes" if shape[2] else ""
+                announce(cfg, world, f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
+                ahead.wait(shape[:2])
+                for _ in range(2 if trainer.graphed else 1):  # compiles, then records
+                    self.try_call(shape, trainer.steps[0].window)
+            self.record_windows()
+            announce(cfg, world, f"validation graph, {cfg.data.val_call_tokens} tokens a call")
+            ahead.wait(None)
+            trainer.evaluate("dev", trainer.steps[-1].window, calls=1)
+        world.synchronize()
+        dynamo.error_on_recompile = cfg.run.compile
+        return time.perf_counter() - began
+
+    def try_call(self, shape: tuple[int, int, int], window: int) -> None:
+        """A step of one call (rows, tokens a row, candidates) on a rank, which trains nothing."""
+        trainer, (rows, row, some) = self.trainer, shape
+        changes = {"tokens": rows * row * trainer.world.size, "candidates": some, "window": window}
+        step = dataclasses.replace(trainer.steps[0], **changes, adam=True, sample=False)
+        trainer.train_step(step, make_batch(self.stream, 0, rows, row), lr=0.0)
+
+    def record_windows(self) -> None:
+        """Where a graph is one window's: those of the plan's windows that have none yet."""
+        trainer = self.trainer
+        if not (trainer.graphed and trainer.lm.fa4):
+            return
+        steps = trainer.steps
+        wanted = {(*trainer.call_shape(s.tokens), s.candidates, s.window) for s in steps}
+        missing = trainer.graphs.missing(wanted)
+        if missing:
+            announce(trainer.cfg, trainer.world, f"{len(missing)} graphs of other windows")
+        for *shape, window in missing:
+            self.try_call(tuple(shape), window)
+
+
 class Trainer:
     """A model, its optimizer, its data and its compiled graphs.
 
@@ -3953,173 +4353,67 @@ class Trainer:
         self.hooks = hooks or Hooks()
         self.corpus = Corpus.open(cfg.data.data, cfg.data.dev)
         self.cfg = cfg.with_(vocab=cfg.model.vocab or self.corpus.vocab)
-        self.plan()
-        self.check_more()
+        self.steps = steps_of(self.cfg, self.corpus)
+        check_folders(self.cfg.run)
+        check_with_data(self.cfg, self.corpus, self.steps)
         self.data_digests = self.corpus.check_digests()
         self.corpus.check_tokens()
         if cfg.run.deterministic:
             be_deterministic()
         self.world = world or World.start(cfg.run.wanted_device)
-        self.dtype = self.dtype_of(self.cfg.run.dtype)
+        self.dtype = dtype_of(self.cfg.run.dtype, self.world)
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
-        self.calls: dict[tuple, CallGraph] = {}
-        self.documents = FA4_GRAPHED  # that a graph's kernels are told of; it only grows
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
         self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
-        self.set_up(self.new_model().to(self.world.device))
+        self.set_up()
         self.source_sha256 = source_digests(self.cfg, self.hooks)  # now: this process may live long
 
-    def plan(self) -> None:
-        self.steps = plan_steps(self.cfg, self.budget())
-        if not self.steps:
-            raise InputError("too few tokens for one step: train on more text or smaller --stages")
-
-    def check_more(self) -> None:
-        """What needs the data and the disk to be found wrong, still before any GPU work."""
-        run, data = self.cfg.run, self.cfg.data
-        if run.resume:
-            find_checkpoint(run.resume)
-        elif run.run_id:
-            refuse_held(Path(run.out) / run.run_id)
-        if not run.resume:
-            refuse_place(run.out)
-        for split in ("dev", *(["val"] if run.final_val else [])):
-            if self.corpus.splits.get(split) and self.corpus.tokens(split) < 2:
-                raise InputError(f"the {split} split is empty: give it 2 tokens or more")
-        if self.cfg.model.vocab < self.corpus.vocab:
-            raise InputError(f"--vocab {self.cfg.model.vocab}: the data has {self.corpus.vocab}")
-        classes = padded(self.cfg.model.vocab)
-        for stage in self.cfg.schedule.stages:
-            if stage.candidates >= classes:
-                raise InputError(
-                    f"--stages {stage}: {stage.candidates} candidates of the {classes} classes "
-                    "that this data has: leave them out, or take --preset demo or r28"
-                )
-        rows = {step_rows(s.tokens, data.row_tokens)[1] for s in self.steps} | {data.val_row_tokens}
-        odd = sorted(r for r in rows if r % BLOCK)
-        if odd and run.device != "cpu" and torch.cuda.is_available():
-            raise InputError(f"rows of {odd} tokens: on a GPU they are multiples of {BLOCK}")
-
-    def budget(self) -> int:
-        """Tokens to train; refuses more than the text has (`passes` times)."""
-        s, have = self.cfg.schedule, self.corpus.tokens("train")
-        if s.tokens > have * s.passes:
-            raise InputError(
-                f"--tokens {s.tokens} is more than {s.passes} pass(es) over the {have} train "
-                "tokens found: get more shards (./run.sh data), or raise --passes"
-            )
-        return s.tokens or min(s.most_tokens, have * s.passes)
-
-    def new_model(self) -> nn.Module:
-        """A model as the seed has it, on the CPU: also in what a user's plain modules draw."""
-        torch.manual_seed(self.cfg.run.seed)
-        model = self.bare_model()
-        init_parameters(model, self.cfg.run.seed)
-        return model
-
-    def bare_model(self) -> nn.Module:
-        cfg = self.cfg
-        length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
-        if self.hooks.model is not None:
-            return self.hooks.model(cfg, length, self.dtype)
-        return GPT(cfg.model, length, self.dtype)
-
-    def dtype_of(self, name: str, half: torch.dtype = torch.bfloat16) -> torch.dtype:
-        auto = half if self.world.cuda else torch.float32
-        return auto if name == "auto" else getattr(torch, name)
-
-    def set_up(self, model: nn.Module) -> None:
-        cfg, world, hooks, self.model = self.cfg, self.world, self.hooks, model
-        self.ngram: Ngram | None = getattr(self.model, "ngram", None)
-        if hooks.optimizer is not None:
-            self.optimizer = hooks.optimizer(self.model, cfg, world)
-        else:
-            self.optimizer = Optimizer(self.model, parameter_groups(cfg.optim), world)
-        self.optimizer.clip = cfg.optim.grad_clip
-        self.optimizer.muon_dtype = self.dtype_of(cfg.optim.muon_dtype, torch.float16)
-        self.kernels = self.choose_kernels()
-        if self.ngram is not None:
-            self.ngram.make()
+    def set_up(self) -> None:
+        """What is made once and serves all runs."""
+        cfg, world = self.cfg, self.world
+        self.model = new_model(cfg, self.hooks, self.dtype).to(world.device)
+        self.optimizer = make_optimizer(self.model, cfg, self.hooks, world)
+        self.kernels = choose_kernels(cfg, world, self.model, self.dtype)
+        self.lm = LanguageModel.of(self.model, cfg, self.dtype, self.kernels)
+        if self.lm.ngram is not None:
+            self.lm.ngram.make()
             if self.uses("ngram"):
                 self.optimizer.rows.update_rows = fused_row_update
-        self.fp8, self.fa4, mlp, mlp8, loss = (self.uses(name) for name in KERNELS)
-        self.graphed = cfg.run.cuda_graphs and world.cuda
-        self.recorder = Recorder() if self.graphed else None
-        for module in self.model.modules():
-            if isinstance(module, MLP):
-                module.fused, module.fp8 = mlp, cfg.run.mlp_fp8 if mlp8 else ""
-        compiled, cap, tied = cfg.run.compile, self.model.softcap, cfg.model.tie
-        for bank in self.optimizer.banks if compiled and world.cuda else ():
+        for bank in self.optimizer.banks if cfg.run.compile and world.cuda else ():
             bank.compile()
-        self.head = Head(self.model.head, cap, self.dtype, self.fp8, compiled, loss, tied)
-        if compiled:
-            configure_compiler()
-        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        wrap = wrap if compiled else lambda f: f
-        self.forward = wrap(self.model)
-        if self.ngram is not None:
-            self.lookup = wrap(self.ngram.lookup)
-        pointer = getattr(self.model, "pointer", None)
-        self.pointer = None if pointer is None else wrap(pointer)
-        self.look_back(COPY_BAND)
+        self.graphed = cfg.run.cuda_graphs and world.cuda
+        self.graphs = CallGraphs(self.lm, Recorder() if self.graphed else None)
 
-    def look_back(self, tokens: int) -> None:
-        """How far a copy head does from now on."""
-        if getattr(self.model, "pointer", None) is not None:
-            self.model.pointer.band.fill_(tokens)
-
-    def choose_kernels(self) -> dict[str, str]:
-        """{what this model can use of KERNELS: why plain PyTorch takes its place, or ""}, the same
-        on every rank. On by default, so what has no use is left out, and a CPU's reasons are.
-        Raises InputError where --attention fa4 cannot be served."""
-        run, device = self.cfg.run, self.world.device
-        bf16, why = self.dtype == torch.bfloat16, {}
-        if run.fp8 and self.world.cuda:
-            works = bf16 and fp8_works(device)
-            why["fp8"] = "" if works else f"no FP8 products here in {self.dtype}"
-        if run.attention == "fa4" and run.deterministic:
-            why["fa4"] = "its backward adds in any order, which --deterministic is against"
-        elif run.attention == "fa4":
-            self.announce("FlashAttention-4's kernels")
-            why["fa4"] = probe_fa4(device, fa4_shapes(self.model))
-        widths = {m.up.weight.size(0) for m in self.model.modules() if isinstance(m, MLP)}
-        if run.mlp_kernel and widths:
-            reason = "" if bf16 else f"it computes in bfloat16, not in {self.dtype}"
-            odd = [width for width in widths if width % 8]
-            reason = f"it wants widths by 8, not {odd}" if odd else reason
-            why["mlp_kernel"] = reason or probe_mlp(device)
-        if run.mlp_fp8 and widths:
-            odd = [width for width in widths if width % 16]
-            reason = f"it wants widths by 16, not {odd}" if odd else ""
-            reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
-            why["mlp_fp8"] = reason or probe_mlp_fp8(device, run.mlp_fp8 == "both")
-        if run.loss_kernel and why.get("fp8") == "" and self.model.softcap:
-            mixed = getattr(self.model, "pointer", None) is not None
-            why["loss_kernel"] = probe_loss(device, mixed)
-        if self.ngram is not None and self.world.cuda:
-            why["ngram"] = probe_rows(device)
-        found = self.world.gather(why)  # each rank tried for itself: one that fails decides for all
-        why = {name: next((one[name] for one in found if one[name]), "") for name in why}
-        if not self.world.cuda:
-            why = {name: reason for name, reason in why.items() if not reason or name == "fa4"}
-        if why.get("ngram") and self.world.size > 1:
-            raise InputError(f"--ngram on several GPUs needs its kernel: {why['ngram']}")
-        if why.get("fa4") and not run.deterministic:
-            raise InputError(f"--attention fa4: {why['fa4']}; use --attention flex")
-        return why
+    @property
+    def head(self) -> Head:
+        return self.lm.head
 
     def uses(self, name: str) -> bool:
         """Whether one of KERNELS is asked for and runs."""
         return self.kernels.get(name) == ""
 
-    def windows(self, long: int) -> Tensor:
-        """Those of the function of the same name, where the attention reads them; once a step."""
-        return windows(long, torch.device("cpu") if self.fa4 else self.world.device)
+    def call_shape(self, tokens: int) -> tuple[int, int]:
+        """(rows, tokens a row) of a kernel call in a step of so many tokens."""
+        rows, row = step_rows(tokens, self.cfg.data.row_tokens)
+        return micro_rows(rows // self.world.size, row, self.cfg.data.micro_batch_tokens), row
 
-    def window_of(self, both: Tensor, docs: Tensor) -> Tensor | Limits:
-        """The model's `window` for a call on rows `docs`, which are still on the CPU."""
-        return Limits(torch.cat([both, count_documents(docs)])) if self.fa4 else both
+    def warm_up(self) -> None:
+        """Compiles and runs every graph that the stages need, whatever the budget."""
+        if self.warm:
+            return
+        seconds = WarmUp(self).run()
+        self.compile_s = self.compile_s or seconds  # later ones compile nothing
+        self.warm = True
+        self.start()
+
+    def start(self) -> None:
+        """Weights, buffers, random numbers (a user's dropout) and optimizer as at step 0."""
+        fresh = new_model(self.cfg, self.hooks, self.dtype)
+        self.model.load_state_dict(fresh.state_dict())
+        self.optimizer.reset()
+        self.head.left_out.zero_()
+        self.lm.look_back(COPY_BAND)  # an evaluation may have failed
 
     def reset(
         self, seed: int, data_seed: int = 0, *, tokens: int | None = None, run_id: str = ""
@@ -4129,20 +4423,13 @@ class Trainer:
         tokens = self.cfg.schedule.tokens if tokens is None else tokens
         changes = {"seed": seed, "data_seed": data_seed, "tokens": tokens, "run_id": run_id}
         self.cfg = self.cfg.with_(**changes, resume="")
-        self.plan()
+        self.steps = steps_of(self.cfg, self.corpus)
         self.stop, self.folder = False, None
         if self.warm:
-            self.record_windows()
+            WarmUp(self).record_windows()
             self.start()
         else:
             self.warm_up()
-
-    def start(self) -> None:
-        """Weights, buffers, random numbers (a user's dropout) and optimizer as at step 0."""
-        self.model.load_state_dict(self.new_model().state_dict())
-        self.optimizer.reset()
-        self.head.left_out.zero_()
-        self.look_back(COPY_BAND)  # an evaluation may have failed
 
     def park(self) -> None:
         """Gives the GPU's memory to other processes until `reset`: of a 124M model with its value
@@ -4150,78 +4437,14 @@ class Trainer:
         n-gram table does not: it is gone."""
         self.warm = False  # reset warms up again, or the clock would pay for allocations
         self.optimizer.zero_grad()  # after a step that failed they may lie in a graph's memory
-        self.calls.clear()
+        self.graphs.drop()
         self.head.drop()
-        if self.recorder is not None:
-            self.recorder.renew()
         self.optimizer.drop_samples()  # of a run that did not come to its end
-        if self.ngram is not None:
-            self.ngram.table = None
+        if self.lm.ngram is not None:
+            self.lm.ngram.table = None
         gc.collect()
         if self.world.cuda:
             torch.cuda.empty_cache()
-
-    def warm_up(self) -> None:
-        """Compiles and runs every graph that the stages need, whatever the budget; after it a
-        recompile is an error."""
-        if self.warm:
-            return
-        began = time.perf_counter()
-        if self.world.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        dynamo = torch._dynamo.config
-        dynamo.error_on_recompile = False
-        if self.ngram is not None:
-            self.ngram.make()
-        stream = TokenStream(self.corpus.splits["train"], self.corpus.eot)
-        stages = self.cfg.schedule.stages
-        shapes = {(*self.call_shape(s.tokens), s.candidates) for s in stages}
-        # The largest first: a graph of smaller calls then fits into its memory.
-        shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        with contextlib.closing(Ahead(self, [shape[:2] for shape in shapes])) as ahead:
-            for shape in shapes:
-                of = f", loss over {shape[2]} classes" if shape[2] else ""
-                self.announce(f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
-                ahead.wait(shape[:2])
-                for _ in range(2 if self.graphed else 1):  # compiles, then records
-                    self.try_call(shape, self.steps[0].window, stream)
-            self.record_windows(stream)
-            self.announce(f"validation graph, {self.cfg.data.val_call_tokens} tokens a call")
-            ahead.wait(None)
-            self.evaluate("dev", self.steps[-1].window, calls=1)
-        self.world.synchronize()
-        dynamo.error_on_recompile = self.cfg.run.compile
-        self.compile_s = self.compile_s or time.perf_counter() - began  # later ones compile nothing
-        self.warm = True
-        self.start()
-
-    def announce(self, what: str) -> None:
-        if self.world.main and self.cfg.run.compile:
-            print(f"compiling: {what} ({process_age():.0f} s)", file=sys.stderr, flush=True)
-
-    def call_shape(self, tokens: int) -> tuple[int, int]:
-        """(rows, tokens a row) of a kernel call in a step of so many tokens."""
-        rows, row = step_rows(tokens, self.cfg.data.row_tokens)
-        return micro_rows(rows // self.world.size, row, self.cfg.data.micro_batch_tokens), row
-
-    def try_call(self, shape: tuple[int, int, int], window: int, stream: TokenStream) -> None:
-        """A step of one call (rows, tokens a row, candidates) on a rank, which trains nothing."""
-        rows, row, some = shape
-        changes = {"tokens": rows * row * self.world.size, "candidates": some, "window": window}
-        step = dataclasses.replace(self.steps[0], **changes, adam=True, sample=False)
-        self.train_step(step, make_batch(stream, 0, rows, row), lr=0.0)
-
-    def record_windows(self, stream: TokenStream | None = None) -> None:
-        """Where a graph is one window's: those of the plan's windows that have none yet."""
-        if not (self.graphed and self.fa4):
-            return
-        wanted = {(*self.call_shape(s.tokens), s.candidates, s.window) for s in self.steps}
-        missing = sorted(wanted - {key[:4] for key in self.calls if key[5] == self.documents})
-        if missing:
-            self.announce(f"{len(missing)} graphs of other windows")
-            stream = stream or TokenStream(self.corpus.splits["train"], self.corpus.eot)
-        for *shape, window in missing:
-            self.try_call(tuple(shape), window, stream)
 
     def train_step(
         self, step: Step, batch: Batch, lr: float | None = None
@@ -4248,111 +4471,26 @@ class Trainer:
             self.head.prepare()
         scale = LOSS_SCALE / counted
         total = torch.zeros((), device=device)
-        both = self.windows(step.window)
+        both = self.lm.windows(step.window)
         rows = micro_rows(*batch.tokens.shape, self.cfg.data.micro_batch_tokens)
         at = step.start + self.world.rank * batch.tokens.numel()
         parts = batch.split(rows)
         for part in parts:
-            window = self.window_of(both, part.docs)
+            window = self.lm.window_of(both, part.docs)
             if self.graphed:
-                call = self.call_graph(part, window, scale, step.candidates)
+                call = self.graphs.of(part, window, scale, step.candidates)
                 losses, found = call(part, window, scale, at, alone=len(parts) == 1)
                 part = call.part
             else:
                 part = part.to(device)
-                pairs = self.looked_up(part)
-                h = self.forward(part.tokens, part.docs, window, *pairs)
-                losses, roots = self.backward(h, part, scale, step.candidates, at)
-                torch.autograd.backward(*roots)
+                losses, pairs, back = self.lm.through_head(part, window, scale, step.candidates, at)
+                torch.autograd.backward(*back)
                 found = [e.grad for e in pairs]
             at += len(losses)
             for grad in found:
                 self.optimizer.rows.hold(part.tokens, part.docs, grad)
             total += losses.sum() / counted
         return total
-
-    def call_graph(
-        self, part: Batch, window: Tensor | Limits, scale: Tensor, candidates: int
-    ) -> CallGraph:
-        """That of calls of this shape and, under FlashAttention-4, of these windows, with room for
-        the documents of any call so far."""
-        key = shape = (*part.tokens.shape, candidates)
-        if isinstance(window, Limits):
-            self.documents = max(self.documents, documents_told(window.values))
-            values = [*window.values[:2].tolist(), self.documents]
-            window, key = Limits(torch.tensor(values, dtype=torch.int32)), (*shape, *values)
-        if key not in self.calls:
-            ran = any(other[:3] == shape and call.ran for other, call in self.calls.items())
-            self.calls[key] = CallGraph(self, part, window, scale, candidates, ran)
-        return self.calls[key]
-
-    def backward(
-        self,
-        h: Tensor,
-        part: Batch,
-        scale: Tensor,
-        candidates: int = 0,
-        position: int | Tensor = 0,
-    ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Begins the way back of scale x the sum of the losses [N], which it returns with what is
-        left of it, (tensors, their gradients): the head's is in its .grad. h [B, T, d]: what the
-        model returned; candidates, position: see `Head.backward`."""
-        flat, targets = h.detach().flatten(0, 1), part.targets.flatten()
-        if self.pointer is None:
-            losses, grad = self.head.backward(flat, targets, scale, candidates, position)
-            return losses, ([h], [grad.view_as(h)])
-        copied, kept = self.pointer(h, part.tokens, part.docs, part.targets)
-        apart = copied.detach().flatten()
-        losses, grad = self.head.backward(flat, targets, scale, candidates, position, apart)
-        counts = losses != 0 if candidates else targets >= 0  # or it is no candidate
-        share = torch.where(counts, torch.exp(apart + losses), 0.0)  # of p that is copied
-        grads = (grad, -scale * share, torch.where(counts, -scale, 0.0))
-        roots = [h, copied, kept]
-        back = roots, [g.view_as(t) for g, t in zip(grads, roots, strict=True)]
-        return losses - torch.where(counts, kept.detach().flatten(), 0.0), back
-
-    @torch.no_grad()
-    def losses(self, h: Tensor, batch: Batch) -> Tensor:
-        """[N] fp32, nats, of the model's output h [B, T, d]; 0 where the target is negative."""
-        flat, targets = h.flatten(0, 1), batch.targets.flatten()
-        if self.pointer is None:
-            return self.head.losses(flat, targets)
-        copied, kept = self.pointer(h, batch.tokens, batch.docs, batch.targets)
-        return self.head.losses(flat, targets, copied.flatten()) - kept.flatten()
-
-    def looked_up(self, part: Batch) -> tuple[Tensor, ...]:
-        """What the forward gets of an n-gram table, whose gradient is the rows': () without one."""
-        if self.ngram is None:
-            return ()
-        return (self.lookup(part.tokens, part.docs).requires_grad_(),)
-
-    def blame(self, step: Step, batch: Batch) -> str:
-        """Which rank and which tensor made `step` non-finite: computed once more, from the same
-        weights, as no update has touched them. Collective; every rank returns the same."""
-        self.optimizer.zero_grad()
-        loss = float(self.gradients(step, batch))
-        params = dict(self.model.named_parameters())
-        weights = [n for n, p in params.items() if not p.isfinite().all()]
-        # In the order of the way back: the head, blocks from the last, what all of them share.
-        way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
-        got = {n: params[n].grad for n in way if params[n].grad is not None}
-        if self.ngram is not None:
-            way.append(RowAdam.NAME)
-            got[RowAdam.NAME] = self.optimizer.rows.collect()
-            parts = self.ngram.table.split(1 << 20)  # what isfinite makes of it is large, too
-            if not all(part.isfinite().all() for part in parts):
-                weights.append(RowAdam.NAME)
-        grads = [n for n, grad in got.items() if not grad.isfinite().all()]
-        found = ""
-        if weights:
-            found = f"the weight {weights[0]} is not finite"
-        elif grads:
-            found = f"loss {loss}, gradient of {grads[0]} first, {len(grads)} of {len(way)} tensors"
-        elif not math.isfinite(loss):
-            found = f"loss {loss}, all gradients finite"
-        said = [f"rank {i}: {text}" for i, text in enumerate(self.world.gather(found)) if text]
-        again = "computed once more it is finite on every rank: suspect the machine"
-        return "; ".join(said) or again
 
     def evaluate(self, split: str, long_window: int, calls: int = 0) -> dict:
         """See the function of the same name; `calls` limits each rank's (warm-up)."""
@@ -4369,72 +4507,33 @@ class Trainer:
         return Run(self).train()
 
 
-class Hollow(Trainer):
-    """A Trainer without data, of fake tensors: its graphs compile as a real one's do, and take no
-    memory. job: what `Ahead` asks for."""
-
-    def __init__(self, job: dict):
-        self.cfg, self.hooks = config_from_flat(job["config"]), Hooks()
-        self.world = World(torch.device(job["device"]), job["rank"], job["size"])
-        self.dtype, self.given = self.dtype_of(self.cfg.run.dtype), job["kernels"]
-        if self.cfg.run.deterministic:
-            be_deterministic()
-        if self.world.cuda:
-            torch.cuda.set_device(self.world.device)
-        self.fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-        with self.fake, self.world.device:
-            self.set_up(self.bare_model())
-
-    def choose_kernels(self) -> dict[str, str]:
-        return self.given
-
-    @staticmethod
-    def main() -> None:
-        """What a process of `Ahead` does."""
-        signal.alarm(Ahead.SECONDS)
-        os.nice(5)
-        job = json.loads(sys.argv[2])
-        Hollow(job).compile_call(job["call"])
-
-    def compile_call(self, call: list[int] | None) -> None:
-        """The graphs of a training call, both ways, or of one of validation, into the caches."""
-        m, d = self.cfg.model, self.cfg.data
-        shape = call or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
-        with self.fake, self.world.device:
-            tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
-            targets = torch.empty(shape, dtype=torch.int64)
-            h, pairs = (torch.empty(*shape, m.d_model, dtype=self.dtype) for _ in range(2))
-            window = torch.empty(2, dtype=torch.int32)
-            limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
-        pairs = () if self.ngram is None else (pairs.requires_grad_(),)
-        with torch.set_grad_enabled(call is not None):
-            if pairs:
-                into_caches(self.ngram.lookup, tokens, docs)
-            into_caches(self.model, tokens, docs, limits if self.fa4 else window, *pairs)
-            if self.pointer is not None:
-                h.requires_grad_(call is not None)
-                into_caches(self.model.pointer, h, tokens, docs, targets)
-
-
-class Compiled(Exception):
-    """In the place of a call."""
-
-
-def into_caches(function: Callable, *args) -> None:
-    """Compiles a graph, and its way back, too, which else would wait for its first use."""
-    functorch = importlib.import_module("torch._functorch.config")
-    inductor = importlib.import_module("torch._inductor.compile_fx")
-
-    def no_call(*_):
-        raise Compiled
-
-    def backend(graph, inputs):
-        with functorch.patch(force_non_lazy_backward_lowering=True):
-            inductor.compile_fx(graph, inputs)
-        return no_call
-
-    with contextlib.suppress(Compiled):
-        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*args)
+def blame(trainer: Trainer, step: Step, batch: Batch) -> str:
+    """Which rank and which tensor made `step` non-finite: computed once more, from the same
+    weights, as no update has touched them. Collective; every rank returns the same."""
+    trainer.optimizer.zero_grad()
+    loss = float(trainer.gradients(step, batch))
+    params = dict(trainer.model.named_parameters())
+    weights = [n for n, p in params.items() if not p.isfinite().all()]
+    # In the order of the way back: the head, blocks from the last, what all of them share.
+    way = sorted(reversed(params), key=lambda n: (n != "head", not n.startswith("blocks.")))
+    got = {n: params[n].grad for n in way if params[n].grad is not None}
+    if trainer.lm.ngram is not None:
+        way.append(RowAdam.NAME)
+        got[RowAdam.NAME] = trainer.optimizer.rows.collect()
+        parts = trainer.lm.ngram.table.split(1 << 20)  # what isfinite makes of it is large, too
+        if not all(part.isfinite().all() for part in parts):
+            weights.append(RowAdam.NAME)
+    grads = [n for n, grad in got.items() if not grad.isfinite().all()]
+    found = ""
+    if weights:
+        found = f"the weight {weights[0]} is not finite"
+    elif grads:
+        found = f"loss {loss}, gradient of {grads[0]} first, {len(grads)} of {len(way)} tensors"
+    elif not math.isfinite(loss):
+        found = f"loss {loss}, all gradients finite"
+    said = [f"rank {i}: {text}" for i, text in enumerate(trainer.world.gather(found)) if text]
+    again = "computed once more it is finite on every rank: suspect the machine"
+    return "; ".join(said) or again
 
 
 @torch.no_grad()
@@ -4445,7 +4544,7 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     document. bpb: nats of the targets that are text / ln 2 / their bytes. by_position: loss by
     position in the document. Ranks share the calls; every rank returns the same.
     """
-    d, world, corpus = trainer.cfg.data, trainer.world, trainer.corpus
+    d, world, corpus, lm = trainer.cfg.data, trainer.world, trainer.corpus, trainer.lm
     total = min(d.val_tokens if split == "val" else d.dev_tokens, corpus.tokens(split) - 1)
     stream = TokenStream(corpus.splits[split], corpus.eot)
     edges = torch.tensor(EDGES, device=world.device)
@@ -4453,17 +4552,17 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
     sums = torch.zeros(3, 2 * kinds, dtype=torch.float64, device=world.device)
     bytes_of = corpus.bytes_of if corpus.bytes_of is not None else np.zeros(padded(corpus.vocab))
     table = torch.from_numpy(bytes_of.astype(np.float64)).to(world.device)
-    number, both = math.ceil(total / d.val_call_tokens), trainer.windows(long_window)
-    trainer.look_back(COPY_REACH)
+    number, both = math.ceil(total / d.val_call_tokens), lm.windows(long_window)
+    lm.look_back(COPY_REACH)
     # In warm-up every rank evaluates: one without a call of dev may have one of val.
     for call in range(calls) if calls else range(world.rank, number, world.size):
         start = call * d.val_call_tokens
         batch = make_batch(stream, start, rows, d.val_row_tokens, total)
-        window = trainer.window_of(both, batch.docs)
+        window = lm.window_of(both, batch.docs)
         batch = batch.to(world.device)
-        h = trainer.forward(batch.tokens, batch.docs, window, *trainer.looked_up(batch))
+        h = lm.forward(batch.tokens, batch.docs, window, *lm.looked_up(batch))
         targets = batch.targets.flatten()
-        losses = trainer.losses(h, batch).double()
+        losses = lm.losses(h, batch).double()
         valid = (targets >= 0).double()
         kind = torch.bucketize(batch.position.flatten(), edges, right=True)
         kind += kinds * (targets == corpus.eot)
@@ -4471,7 +4570,7 @@ def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> 
             sums, (losses, valid, table[targets.clamp(min=0)] * valid), strict=True
         ):
             row.index_add_(0, kind, values)
-    trainer.look_back(COPY_BAND)
+    lm.look_back(COPY_BAND)
     nats, count, size = world.sum(sums).cpu().view(3, 2, kinds)
     names = [f"{a}-{b}" for a, b in zip((0, *EDGES), (*EDGES, ""), strict=True)]
     by_position = zip(names, (nats.sum(0) / count.sum(0)).tolist(), strict=True)
@@ -4538,7 +4637,7 @@ class Reporter:
                 now = self.began + self.mark.elapsed_time(event) / 1000
             loss, stop, norm = values.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                where = self.trainer.blame(step, batch)
+                where = blame(self.trainer, step, batch)
                 text = f"step {step.index + 1}: loss {loss}, gradient norm {norm}; {where}"
                 self.log.event("non-finite", text)
                 raise NonFinite(text)

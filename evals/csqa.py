@@ -194,7 +194,8 @@ class Choice(ByAccuracy):
             model.head[self.new_row].normal_(0, NEW_STD, generator=gen)
 
     def adapt(self, trainer):
-        trainer.head, trainer.pointer = ChoiceHead(trainer.head, self.new_row), None
+        lm = trainer.lm
+        lm.head, lm.pointer = ChoiceHead(lm.head, self.new_row), None
 
     def scores(self, model, units: Sequence[Unit], window) -> tuple[Tensor, Tensor]:
         """(scores [n, 5], right [n, 5]) fp32, on the CPU."""

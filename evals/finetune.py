@@ -237,7 +237,7 @@ class Tuning:
             on_eval=self.look,
         )
         self.trainer = T.Trainer(self.cfg, hooks)
-        self.trainer.ngram = self.trainer.optimizer.rows = None  # nobody updates the table
+        self.trainer.lm.ngram = self.trainer.optimizer.rows = None  # nobody updates the table
         task.adapt(self.trainer)
         self.looks: list[dict] = []
         self.done = 0

@@ -309,7 +309,7 @@ def flops_of(trainer: T.Trainer, tokens: int, candidates: int, keys: tuple[float
     units = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n and p.ndim == 2)
     some = {"": 0.0, "forward": 2.0, "both": 4.0}  # of 6 FLOPs for each weight
     fused = next((b.mlp.fp8 for b in model.blocks if isinstance(b.mlp, T.MLP)), "")
-    eight = some[fused] * units + (head if trainer.fp8 else 0.0)
+    eight = some[fused] * units + (head if trainer.head.fp8 else 0.0)
     return {"BF16": tokens * (rest + head - eight), "FP8": tokens * eight}
 
 

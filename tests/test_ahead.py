@@ -104,16 +104,17 @@ def test_an_orphan_ends(monkeypatch):
     assert run.returncode == -14
 
 
-def test_a_hollow_trainer_takes_no_memory():
+def test_a_hollow_model_takes_no_memory():
     """Its weights, table and optimizer are fake, and aligned as a real one's."""
     cfg = H.tiny("data", "out", vocab=257, ngram=1024, copy=True)
     job = {"config": cfg.flat(), "kernels": {}, "device": "cpu", "rank": 1, "size": 2}
-    trainer = T.Hollow(job)
-    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
-    tensors += [bank.data for bank in trainer.optimizer.banks] + [trainer.optimizer.rows.second]
+    hollow = T.Hollow(job)
+    model, optimizer = hollow.lm.model, hollow.optimizer
+    tensors = [*model.parameters(), *model.buffers(), model.ngram.table]
+    tensors += [bank.data for bank in optimizer.banks] + [optimizer.rows.second]
     assert tensors and all(isinstance(t, FakeTensor) for t in tensors)
-    assert all(p.requires_grad for p in trainer.model.parameters())
-    assert len({p.storage_offset() for p in trainer.model.parameters()}) > 3  # views of banks
+    assert all(p.requires_grad for p in model.parameters())
+    assert len({p.storage_offset() for p in model.parameters()}) > 3  # views of banks
 
 
 @pytest.mark.long

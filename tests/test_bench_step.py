@@ -157,7 +157,7 @@ def test_the_floor_of_a_step(text_data, tmp_path):
     assert got["FP8"] == 0 and got["BF16"] / 100 == pytest.approx(whole, abs=6 * gates)
     fewer = B.flops_of(trainer, 100, 128, (10.0, 5.0))
     assert got["BF16"] - fewer["BF16"] == 100 * 6 * (272 - 128) * 32
-    trainer.fp8 = True
+    trainer.head.fp8 = True
     for module in trainer.model.modules():
         if isinstance(module, B.T.MLP):
             module.fp8 = "both"

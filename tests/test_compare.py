@@ -158,13 +158,13 @@ def test_a_budget_needs_no_new_shapes(text_data, tmp_path, monkeypatch):
     stages = (T.Stage(0.1, 256, 1.0, (128, 128)), T.Stage(0.9, 512, 1.0, (128, 128)))
     cfg = H.tiny(text_data, tmp_path, stages=stages, tokens=1024, looks=0, final_val=False)
     trainer, shapes = T.Trainer(cfg.with_(micro_batch_tokens=512)), []
-    forward = trainer.forward
+    forward = trainer.lm.forward
 
     def watch(tokens, docs, window):
         shapes.append(tuple(tokens.shape))
         return forward(tokens, docs, window)
 
-    monkeypatch.setattr(trainer, "forward", watch)
+    monkeypatch.setattr(trainer.lm, "forward", watch)
     assert {s.tokens for s in trainer.steps} == {512}
     trainer.warm_up()
     warm = set(shapes)

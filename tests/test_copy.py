@@ -75,13 +75,13 @@ def both_ways(batch: T.Batch, band: int, monkeypatch, head: T.Head, made: T.Poin
     """Losses and the gradients of 3 x their sum: ours, and autograd's through `naive`."""
     monkeypatch.setattr(T, "HEAD_PIECE", 32)
     made.band.fill_(band)
-    trainer = types.SimpleNamespace(pointer=made, head=head)
+    lm = T.LanguageModel(types.SimpleNamespace(pointer=made), head)
     leaf, results = hidden(batch).requires_grad_(), []
     head.prepare()
-    losses = the_way_back(trainer, leaf * 1, batch, torch.tensor(3.0))
+    losses = the_way_back(lm, leaf * 1, batch, torch.tensor(3.0))
     grads = {n: p.grad.clone() for n, p in made.named_parameters()}
     results.append({"losses": losses, "h": leaf.grad, "w": head.weight.grad.clone(), **grads})
-    still = T.Trainer.losses(trainer, leaf.detach(), batch)
+    still = lm.losses(leaf.detach(), batch)
     torch.testing.assert_close(still, losses, rtol=2e-2 if head.fp8 else 1e-6, atol=1e-6)
 
     exact = leaf.detach().double().requires_grad_()
@@ -96,8 +96,8 @@ def both_ways(batch: T.Batch, band: int, monkeypatch, head: T.Head, made: T.Poin
     return results
 
 
-def the_way_back(trainer, *args) -> torch.Tensor:
-    losses, rest = T.Trainer.backward(trainer, *args)
+def the_way_back(lm: T.LanguageModel, *args) -> torch.Tensor:
+    losses, rest = lm.backward(*args)
     torch.autograd.backward(*rest)
     return losses
 
@@ -163,8 +163,8 @@ def test_what_is_no_candidate_is_no_copy():
         part = T.Batch(batch.tokens, targets, batch.docs, batch.position)
         made, head, leaf = pointer(), make_head(), hidden(batch).requires_grad_()
         head.prepare()
-        trainer = types.SimpleNamespace(pointer=made, head=head)
-        losses = the_way_back(trainer, leaf * 1, part, torch.tensor(3.0), 8)
+        lm = T.LanguageModel(types.SimpleNamespace(pointer=made), head)
+        losses = the_way_back(lm, leaf * 1, part, torch.tensor(3.0), 8)
         grads = [p.grad for p in made.parameters()]
         found.append([losses, leaf.grad, head.weight.grad, *grads, head.left_out])
     *got, left_out = found[0]
@@ -210,8 +210,8 @@ def test_extremes_are_finite(gate, sink):
     assert copied.isfinite().all() and kept.isfinite().all()
     head = make_head()
     head.prepare()
-    trainer = types.SimpleNamespace(pointer=made, head=head)
-    losses = the_way_back(trainer, h * 1, batch, torch.tensor(1.0))
+    lm = T.LanguageModel(types.SimpleNamespace(pointer=made), head)
+    losses = the_way_back(lm, h * 1, batch, torch.tensor(1.0))
     assert losses.isfinite().all() and h.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in made.parameters())
 
@@ -300,7 +300,7 @@ def test_logits_are_the_mixtures_log_probabilities():
     logits = model.logits(batch.tokens, batch.docs, WINDOWS)
     torch.testing.assert_close(logits.exp().double(), want, rtol=1e-4, atol=1e-6)
     head = T.Head(model.head, CAP, torch.float32, False, False)
-    losses = T.Trainer.losses(types.SimpleNamespace(pointer=model.pointer, head=head), h, batch)
+    losses = T.LanguageModel(model, head).losses(h, batch)
     said = -logits.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
     said = torch.where(batch.targets >= 0, said, 0.0).flatten()
     torch.testing.assert_close(losses, said, rtol=1e-4, atol=1e-5)
@@ -376,7 +376,7 @@ def test_a_run(trained, text_data, tmp_path):
 
 def test_off_it_is_not_there(text_data, tmp_path):
     trainer = T.Trainer(run(text_data, tmp_path, copy=False))
-    assert trainer.pointer is None and trainer.model.pointer is None
+    assert trainer.lm.pointer is None and trainer.model.pointer is None
     assert not any("pointer" in name for name in trainer.model.state_dict())
 
 
@@ -435,9 +435,7 @@ def test_pruned_losses_are_the_mixtures(trained):
     got = prune.losses(model, rows, window)
     batch = T.Batch(rows[:, :-1].int(), rows[:, 1:], torch.zeros_like(rows[:, 1:]), None)
     h = model(batch.tokens, batch.docs, window)
-    torch.testing.assert_close(
-        got.flatten(), T.Trainer.losses(trained, h, batch), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(got.flatten(), trained.lm.losses(h, batch), rtol=1e-4, atol=0)
     (point,) = prune.measure(trained.folder, rows.numpy(), [1.0], "cpu", set())
     assert point.loss == pytest.approx(float(got.mean()), rel=1e-4)
 

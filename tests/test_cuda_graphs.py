@@ -57,7 +57,7 @@ class Recorder:
 
 def trainer_of(cfg, graphed: bool, hooks=None):
     trainer = T.Trainer(cfg, hooks)
-    trainer.graphed, trainer.recorder = graphed, Recorder()
+    trainer.graphed, trainer.graphs.recorder = graphed, Recorder()
     return trainer
 
 
@@ -65,7 +65,7 @@ def trained(cfg, graphed: bool):
     """(trainer, its losses, how many recordings there were)."""
     trainer = trainer_of(cfg, graphed)
     trainer.run()
-    return trainer, H.losses(trainer.folder), len(trainer.recorder.recorded)
+    return trainer, H.losses(trainer.folder), len(trainer.graphs.recorder.recorded)
 
 
 def gradients(trainer, graphed: bool, step, batch, times: int = 1) -> dict:
@@ -92,14 +92,15 @@ def test_as_without(text_data, tmp_path, monkeypatch):
     _, want, none = trained(config(text_data, tmp_path, "plain"), False)
     trainer, got, made = trained(config(text_data, tmp_path, "graphed"), True)
     shapes = {(8, 32, 128), (4, 64, 128), (4, 64, 0)}
-    assert none == 0 and made == 3 and set(trainer.calls) == shapes
+    assert none == 0 and made == 3 and set(trainer.graphs.calls) == shapes
     assert got == pytest.approx(want, rel=1e-5) and want[-1] < want[0] - 0.3
     trainer.park()  # nothing that was made in a recording is kept
-    assert not trainer.calls and trainer.recorder.renewed == 1 and trainer.head._cast is None
+    assert not trainer.graphs.calls and trainer.graphs.recorder.renewed == 1
+    assert trainer.head._cast is None
     assert all(p.grad is None for p in trainer.model.parameters())
     trainer.reset(0, run_id="again")
     trainer.run()
-    assert H.losses(trainer.folder) == got and set(trainer.calls) == shapes
+    assert H.losses(trainer.folder) == got and set(trainer.graphs.calls) == shapes
 
 
 def test_gradients_of_two_calls_add(text_data, tmp_path):
@@ -133,7 +134,7 @@ def test_a_head_that_is_the_embedding(text_data, tmp_path):
 def test_the_largest_call_is_recorded_first(text_data, tmp_path):
     trainer = trainer_of(config(text_data, tmp_path, "order"), True)
     trainer.warm_up()
-    sizes = [rows * row for rows, row, _ in trainer.calls]
+    sizes = [rows * row for rows, row, _ in trainer.graphs.calls]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -167,11 +168,12 @@ def test_fa4_as_without(plain_fa4, text_data, tmp_path):
     trainer.warm_up()
     graphs = {(8, 128, 0, 128, 128, 256)}  # rows, tokens, candidates, windows, documents
     graphs |= {(4, 256, 0, *both, 256) for both in ((128, 128), (256, 128), (384, 128), (512, 256))}
-    assert set(trainer.calls) == graphs and len(trainer.recorder.recorded) == 5 and none == 0
+    assert set(trainer.graphs.calls) == graphs and none == 0
+    assert len(trainer.graphs.recorder.recorded) == 5
     trainer.run()
     assert H.losses(trainer.folder) == pytest.approx(want, rel=1e-5) and want[-1] < want[0] - 0.1
     assert len({line["window"] for line in H.read_log(trainer.folder, "step")}) == 4
-    assert len(trainer.recorder.recorded) == 5, "recorded inside the clock"
+    assert len(trainer.graphs.recorder.recorded) == 5, "recorded inside the clock"
 
 
 def test_fa4_gradients(plain_fa4, text_data, tmp_path):
@@ -190,7 +192,7 @@ def test_fa4_gradients(plain_fa4, text_data, tmp_path):
             found.append(want["head"])
         apart = float((found[0] - found[1]).abs().max())
         assert (apart > 1e-3) == (tokens == 2048), "rows of 128 have no use for a wider window"
-    assert len(trainer.recorder.recorded) == 4
+    assert len(trainer.graphs.recorder.recorded) == 4
 
 
 def test_more_documents_need_another_graph(plain_fa4, text_data, tmp_path, monkeypatch):
@@ -200,9 +202,9 @@ def test_more_documents_need_another_graph(plain_fa4, text_data, tmp_path, monke
     _, want, _ = trained(fa4_config(text_data, tmp_path, "plain"), False)
     trainer, got, made = trained(fa4_config(text_data, tmp_path, "graphed"), True)
     assert got == pytest.approx(want, rel=1e-5)
-    told = [key[5] for key in trainer.calls]
-    assert told == sorted(told) and len(set(told)) > 1 and trainer.documents == told[-1]
-    assert len(trainer.calls) == made and all(n & (n - 1) == 0 for n in told)
+    told = [key[5] for key in trainer.graphs.calls]
+    assert told == sorted(told) and len(set(told)) > 1 and trainer.graphs.documents == told[-1]
+    assert len(trainer.graphs.calls) == made and all(n & (n - 1) == 0 for n in told)
 
 
 def test_more_documents_than_a_graph_has_room_for_stop_the_process(
@@ -218,7 +220,7 @@ def test_more_documents_than_a_graph_has_room_for_stop_the_process(
     few, many = torch.zeros(8, 128, dtype=torch.int32), torch.arange(128).expand(8, -1).int()
     for docs in (few, few, few):
         trainer.gradients(step, T.dataclasses.replace(batch, docs=docs.clone()))
-    assert len(trainer.recorder.recorded) == 1
+    assert len(trainer.graphs.recorder.recorded) == 1
     with pytest.raises(RuntimeError, match="more documents than limits say"):
         trainer.gradients(step, T.dataclasses.replace(batch, docs=many.clone()))
 
@@ -226,12 +228,12 @@ def test_more_documents_than_a_graph_has_room_for_stop_the_process(
 def test_a_longer_plan_records_its_windows_before_it_starts(plain_fa4, text_data, tmp_path):
     trainer = trainer_of(fa4_config(text_data, tmp_path, "short", tokens=2048 * 2), True)
     trainer.warm_up()
-    assert {key[3] for key in trainer.calls} < {128, 256, 384, 512}
+    assert {key[3] for key in trainer.graphs.calls} < {128, 256, 384, 512}
     trainer.reset(0, tokens=2048 * 6, run_id="longer")
-    assert {key[3] for key in trainer.calls} == {128, 256, 384, 512}
-    made = len(trainer.recorder.recorded)
+    assert {key[3] for key in trainer.graphs.calls} == {128, 256, 384, 512}
+    made = len(trainer.graphs.recorder.recorded)
     trainer.reset(1, tokens=2048 * 6, run_id="again")
-    assert len(trainer.recorder.recorded) == made
+    assert len(trainer.graphs.recorder.recorded) == made
 
 
 @pytest.mark.gpu
@@ -267,9 +269,9 @@ class TestFlashAttention:
             kind = {"arm": arm, "layers": layers, "attention": "fa4", "cuda_graphs": graphs}
             trainer = T.Trainer(G.trainer_config(folder, **kind, run_id=f"graphs-{graphs}"))
             trainer.warm_up()
-            before = {key: call.replay for key, call in trainer.calls.items()}
+            before = {key: call.replay for key, call in trainer.graphs.calls.items()}
             trainer.run()
-            assert before == {key: call.replay for key, call in trainer.calls.items()}
+            assert before == {key: call.replay for key, call in trainer.graphs.calls.items()}
             assert len(before) >= (6 if graphs else 0) and None not in before.values()
             losses.append(H.losses(trainer.folder))
         plain, graphed = losses
@@ -290,10 +292,10 @@ class TestFlashAttention:
             assert got.keys() == eager[-1].keys() and max(large) < 0.05
         apart = [F.off(eager[1][name], want) for name, want in eager[0].items()]
         assert max(apart) > 0.1, "a graph of the wrong window would not have shown"
-        stream = T.TokenStream(trainer.corpus.splits["train"], trainer.corpus.eot)
-        shape, before = next(iter(trainer.calls))[:3], taken()
+        warm_up = T.WarmUp(trainer)
+        shape, before = next(iter(trainer.graphs.calls))[:3], taken()
         for window in (1280, 1408, 1536):
-            trainer.try_call(shape, window, stream)
+            warm_up.try_call(shape, window)
         grown = taken() - before
         size = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
         print(f"three more graphs: {grown / 2**20:.0f} MB; gradients are {size / 2**20:.0f} MB")
@@ -316,9 +318,9 @@ def test_on_a_gpu(tmp_path):
         ]
         trainer = T.Trainer(cfg.with_(stages=tuple(stages), run_id=f"graphs-{graphs}"))
         trainer.warm_up()
-        before = {shape: call.replay for shape, call in trainer.calls.items()}
+        before = {shape: call.replay for shape, call in trainer.graphs.calls.items()}
         trainer.run()
-        assert before == {shape: call.replay for shape, call in trainer.calls.items()}
+        assert before == {shape: call.replay for shape, call in trainer.graphs.calls.items()}
         assert len(before) == (3 if graphs else 0)
         results.append(H.losses(trainer.folder))
     taken = torch.cuda.memory_reserved()
@@ -326,7 +328,7 @@ def test_on_a_gpu(tmp_path):
     assert torch.cuda.memory_reserved() < taken
     trainer.reset(cfg.run.seed, cfg.data.data_seed, run_id="graphs-again")
     trainer.run()
-    assert len(trainer.calls) == 3
+    assert len(trainer.graphs.calls) == 3
     results.append(H.losses(trainer.folder))
     plain, *graphed = results
     for losses in graphed:

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import helpers as H
@@ -261,14 +260,14 @@ def test_a_copy_heads_logits_are_log_probabilities(name, pairs):
 @pytest.mark.parametrize("name", ["softmax", *NEW])
 @torch.no_grad()
 def test_the_loss_is_that_of_the_trainers_evaluation(name, pairs):
-    """`Trainer.losses`, by which val_loss is measured, with a head that has no padding."""
+    """`LanguageModel.losses`, by which val_loss is measured, with a head that has no padding."""
     pair, tokens = pairs(name), some_tokens(2)
     ours, docs = pair.ours, (tokens == EOT).cumsum(1).int()
     head = T.Head(ours.head[:257], ours.softcap, torch.float32, False, False)
     targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], dim=1)
     batch = T.Batch(tokens.int(), targets, docs, None)
-    trainer = types.SimpleNamespace(pointer=ours.pointer, head=head)
-    nats = T.Trainer.losses(trainer, ours(tokens, docs, T.windows(EXTENDED, "cpu")), batch)
+    h = ours(tokens, docs, T.windows(EXTENDED, "cpu"))
+    nats = T.LanguageModel(ours, head).losses(h, batch)
     wanted = float(nats.sum()) / (targets >= 0).sum()
     assert float(pair.theirs(tokens, labels=tokens).loss) == pytest.approx(float(wanted), abs=1e-5)
 

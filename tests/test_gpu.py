@@ -401,7 +401,7 @@ def test_trainer_does_not_recompile(trained):
     trainer, logs, made, strict = trained
     assert strict, "warm_up does not set error_on_recompile"
     assert made == 0
-    assert trainer.fp8 == T.fp8_works(torch.device(DEVICE))
+    assert trainer.uses("fp8") == T.fp8_works(torch.device(DEVICE))
     for log in logs:
         assert len({x["window"] for x in log["step"]}) >= 6
         assert {x["stage"] for x in log["step"]} == {0, 1, 2}

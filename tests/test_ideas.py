@@ -104,7 +104,8 @@ def test_every_parameter_has_a_group_and_learns(idea, text_data, tmp_path):
     new -= set(dict(build(False).named_parameters()))
     cfg = H.tiny(text_data, tmp_path, n_layer=4, **changes)
     trainer = T.Trainer(cfg)
-    fresh = {n: p.detach().clone() for n, p in trainer.new_model().named_parameters()}
+    fresh = T.new_model(trainer.cfg, trainer.hooks, trainer.dtype)
+    fresh = {n: p.detach().clone() for n, p in fresh.named_parameters()}
     trainer.run()
     losses = H.losses(trainer.folder)
     assert losses[-1] < losses[0] - 0.5, losses

@@ -428,7 +428,7 @@ def reasons(monkeypatch, data, out, **changes) -> dict[str, str]:
     monkeypatch.setattr(T, "probe_loss", lambda device, mixed: "broken here")
     trainer = T.Trainer(H.tiny(data, out, **changes))
     trainer.world = FakeCuda(trainer.world.device)
-    return trainer.choose_kernels()
+    return T.choose_kernels(trainer.cfg, trainer.world, trainer.model, trainer.dtype)
 
 
 def test_what_a_gpu_cannot_do_is_kept(monkeypatch, text_data, tmp_path):

@@ -296,10 +296,11 @@ def test_ranks_do_not_go_apart_where_the_kernel_fails(text_data, tmp_path, monke
     monkeypatch.setattr(T, "probe_rows", lambda device: "broken here")
     trainer = T.Trainer(H.tiny(text_data, tmp_path, ngram=256))
     trainer.world = TwoGpus(trainer.world.device)
-    assert trainer.choose_kernels()["ngram"] == "broken here"
+    given = (trainer.cfg, trainer.world, trainer.model, trainer.dtype)
+    assert T.choose_kernels(*given)["ngram"] == "broken here"
     trainer.world.size = 2
     with pytest.raises(T.InputError, match="several GPUs needs its kernel: broken here"):
-        trainer.choose_kernels()
+        T.choose_kernels(*given)
 
 
 def test_clipping_falls_on_the_table_too():
@@ -427,12 +428,12 @@ def test_a_table_s_file_is_shared(tmp_path, monkeypatch):
 def test_reset_and_park_start_afresh(text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path, run_id="a"))
     trainer.run()
-    assert trainer.ngram.table.any()
+    assert trainer.model.ngram.table.any()
     trainer.reset(0, run_id="b")
-    assert not trainer.ngram.table.any() and not trainer.optimizer.rows.second.any()
+    assert not trainer.model.ngram.table.any() and not trainer.optimizer.rows.second.any()
     trainer.run()
     trainer.park()
-    assert trainer.ngram.table is None, "its memory is the largest of all"
+    assert trainer.model.ngram.table is None, "its memory is the largest of all"
     trainer.reset(0, run_id="c")
     trainer.run()
     assert H.losses(tmp_path / "a") == H.losses(tmp_path / "b") == H.losses(tmp_path / "c")
@@ -441,21 +442,21 @@ def test_reset_and_park_start_afresh(text_data, tmp_path):
 def test_the_tail_leaves_the_table_as_it_is(text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path, run_id="a", tail=0.5, tail_every=1))
     tables = []
-    trainer.hooks.after_step = lambda t, step: tables.append(t.ngram.table.clone())
+    trainer.hooks.after_step = lambda t, step: tables.append(t.model.ngram.table.clone())
     trainer.run()
     assert H.read_log(tmp_path / "a", "event")[-1]["kind"] == "tail"
-    assert torch.equal(trainer.ngram.table, tables[-1]) and not torch.equal(*tables[-2:])
+    assert torch.equal(trainer.model.ngram.table, tables[-1]) and not torch.equal(*tables[-2:])
 
 
 def test_blame_names_the_table(text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path))
     step, batch = trainer.steps[0], first_batch(trainer)
-    assert "suspect the machine" in trainer.blame(step, batch)
+    assert "suspect the machine" in T.blame(trainer, step, batch)
     hold = trainer.optimizer.rows.hold
     trainer.optimizer.rows.hold = lambda *a: hold(*a[:-1], a[-1] * math.nan)
-    assert "gradient of ngram.table first, 1 of" in trainer.blame(step, batch)
-    trainer.ngram.table[700, 3] = math.inf
-    assert trainer.blame(step, batch) == "rank 0: the weight ngram.table is not finite"
+    assert "gradient of ngram.table first, 1 of" in T.blame(trainer, step, batch)
+    trainer.model.ngram.table[700, 3] = math.inf
+    assert T.blame(trainer, step, batch) == "rank 0: the weight ngram.table is not finite"
 
 
 def test_a_checkpoint_is_a_model(text_data, tmp_path):
@@ -464,7 +465,7 @@ def test_a_checkpoint_is_a_model(text_data, tmp_path):
     model, _ = T.load_model(tmp_path / "a")
     batch = first_batch(trainer)
     inputs = (batch.tokens, batch.docs, T.windows(128, torch.device("cpu")))
-    assert torch.equal(model.ngram.table, trainer.ngram.table)
+    assert torch.equal(model.ngram.table, trainer.model.ngram.table)
     with torch.no_grad():
         torch.testing.assert_close(model(*inputs), trainer.model(*inputs))
 
@@ -515,7 +516,7 @@ RANKED = {"adam_every": 2, "save_every": 5, "save_final": True, "keep": 9}
 def work(data: str, out: str) -> dict:
     trainer = T.Trainer(config(data, out, run_id="two", **RANKED))
     trainer.run()
-    return {"table": trainer.ngram.table, "second": trainer.optimizer.rows.second}
+    return {"table": trainer.model.ngram.table, "second": trainer.optimizer.rows.second}
 
 
 def test_two_ranks_are_one_and_go_on_as_one(text_data, tmp_path):
@@ -585,7 +586,7 @@ def no_wait(trainer: T.Trainer, part: T.Batch) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        (e,) = trainer.looked_up(part)
+        (e,) = trainer.lm.looked_up(part)
         for _ in range(2):
             rows.hold(part.tokens, part.docs, torch.ones_like(e))
             rows.collect()

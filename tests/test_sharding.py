@@ -62,13 +62,13 @@ def optimize(ranks: list[int], world: T.World, clip: float) -> dict:
 
 def counting(trainer: T.Trainer) -> list[bool]:
     """Records, for each forward call, whether it was an evaluation (no gradients)."""
-    calls, forward = [], trainer.forward
+    calls, forward = [], trainer.lm.forward
 
     def spy(*args):
         calls.append(not torch.is_grad_enabled())
         return forward(*args)
 
-    trainer.forward = spy
+    trainer.lm.forward = spy
     return calls
 
 
