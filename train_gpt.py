@@ -2092,6 +2092,17 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
 
+def value_tables(cfg: ModelConfig, blocks: nn.ModuleList) -> nn.ParameterList:
+    """Each as wide as its widest reader; a narrower one takes the first columns."""
+    widths: list[list[int]] = [[] for _ in range(len(cfg.value_layers) or cfg.value_tables)]
+    for i, block in enumerate(blocks):
+        slot = value_slot(cfg, i)
+        if slot is not None:
+            widths[slot].append(block.attn.arm.kv_width)
+    shapes = [(padded(cfg.vocab), max(some, default=cfg.d_model)) for some in widths]
+    return nn.ParameterList(parameter(shape, ("normal", 1.0), "value") for shape in shapes)
+
+
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
     for the head. window: long and short, tokens, int32 on the device; or `Limits`, which ask for
@@ -2102,8 +2113,7 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         self.softcap: Cap = SHIFTED_CAP if cfg.shifted_cap else cfg.softcap
         self.flex: bool | None = None  # None: FlexAttention on CUDA, dense on CPU
-        rows = padded(cfg.vocab)
-        shape = (rows, cfg.d_model)
+        shape = (padded(cfg.vocab), cfg.d_model)
         self.embed = parameter(shape, ("normal", 1.0), "embed")
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.head = parameter(shape, ("zeros",), "head")
@@ -2112,21 +2122,11 @@ class GPT(nn.Module):
             self.embed.group, self.embed.starts_as = "tied", "head"
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
-        tables = len(cfg.value_layers) or cfg.value_tables
-        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
+        self.values = value_tables(cfg, self.blocks)
         self.ngram = Ngram(cfg, dtype) if cfg.ngram else None
         self.smear = Smear() if cfg.smear else None
         self.pointer = Pointer(cfg) if cfg.copy else None
         self.register_rope(2 * max_length if cfg.paired else max_length)
-
-    def value_table(self, slot: int, rows: int) -> nn.Parameter:
-        """As wide as its widest reader; a narrower one takes the first columns."""
-        users = [
-            b.attn.arm.kv_width
-            for i, b in enumerate(self.blocks)
-            if b.attn is not None and value_slot(self.cfg, i) == slot
-        ]
-        return parameter((rows, max(users, default=self.cfg.d_model)), ("normal", 1.0), "value")
 
     def register_rope(self, length: int) -> None:
         cfg = self.cfg
