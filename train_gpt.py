@@ -2336,7 +2336,7 @@ class Group:
     wd: float = 0.0
     eps: float = 1e-10
     beta2: float = 0.0  # muon: see `even_out`
-    cautious_wd: float = 0.0  # see `Bank.update`
+    cautious_wd: float = 0.0  # see `muon_update`, `adam_decay`
 
 
 def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
@@ -2431,23 +2431,31 @@ def group_of(name: str, p: nn.Parameter) -> str:
     return getattr(p, "group", "matrix" if p.ndim == 2 else "gate")
 
 
+def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
+    return getattr(p, "muon_view", None) or (1, *p.shape)
+
+
+def wait_for(handles: list) -> None:
+    """Until these collectives are through; None stands for one of a single rank."""
+    for handle in handles:
+        if handle is not None:
+            handle.wait()
+
+
 class Bank:
     """Parameters of one group and matrix shape, behind one flat tensor and one flat gradient.
 
     `p.data` are views of the first, so a collective needs no copies; `take` brings what backward
-    left into the second. Each rank owns one slice: its optimizer state exists there alone.
+    left into the second. Each rank owns one slice: its optimizer state exists there alone. How a
+    slice is updated is for `MuonBank` and `AdamBank` to say.
     """
 
-    ALIGN = 64  # elements: Inductor copies inputs that are not aligned
-    FEW = 1 << 20  # elements
-
-    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+    def __init__(
+        self, group: Group, items: list[tuple[str, nn.Parameter]], world: World, unit: int
+    ):
+        """unit: elements; each parameter and each slice takes a multiple of it."""
         self.group, self.world, self.slots = group, world, {}
-        self.matrix: tuple[int, int] | None = None
-        unit, offset = self.ALIGN, 0
-        if group.kind == "muon":
-            self.matrix = matrix_view(items[0][1])[1:]
-            unit = self.matrix[0] * self.matrix[1]
+        offset = 0
         for name, p in items:
             self.slots[name] = (offset, p)
             offset += math.ceil(p.numel() / unit) * unit
@@ -2466,20 +2474,8 @@ class Bank:
         self.own, self.kept = self.data[part], self.grad[part]
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
-        self.tail: Tensor | None = None  # mean of the owned weights, from the first sample on
+        self.tail: Tensor | None = None  # mean of the owned weights, see `Tail`
         self.compiled = False
-        self.direct, self.turn, self.adam_update = muon_direction, muon_update, adam_update
-        self.reset()
-
-    def compile(self) -> None:
-        """Adam, and what is pointwise around Muon's products, in a pass or two each. A few numbers
-        do not pay for a graph."""
-        if self.own.numel() < self.FEW and self.group.kind == "adam":
-            return
-        self.compiled = True
-        functions = (muon_direction, muon_update, adam_pass)
-        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        self.direct, self.turn, self.adam_update = map(wrap, functions)
 
     def clear(self) -> None:
         for p, _ in self.views:
@@ -2507,50 +2503,163 @@ class Bank:
             self.kept.copy_(self.own_grad if own is None else own)
         self.held = True
 
+    def gather(self):
+        """The weights <- all ranks' slices; a handle, see `wait_for`."""
+        return self.world.all_gather(self.data, self.own)
+
+    def factors(self, lr: float, momentum: float) -> tuple:
+        """The rate, momentum and what that leaves to 1; tensors for a compiled graph."""
+        factors = (self.group.lr * lr, momentum, 1 - momentum)
+        if self.compiled:
+            factors = on_device(torch.tensor(factors), self.own.device).unbind()
+        return factors
+
+    def state(self) -> dict[str, Tensor]:
+        """Name of each state tensor -> its owned slice."""
+        return {} if self.tail is None else {"tail": self.tail}
+
+    def counts(self) -> dict[str, Tensor]:
+        """State that is one number for all weights."""
+        return {}
+
+    def load(self, key: str, own: Tensor) -> None:
+        """One tensor of `state` or `counts`, this rank's own."""
+        setattr(self, key, own)
+
+    def state_dict(self, wanted: bool) -> dict[str, dict[str, Tensor]]:
+        """This bank's share in that of `Optimizer`."""
+        out: dict[str, dict[str, Tensor]] = {}
+        for key, own in self.state().items():
+            full, k = own, self.own.numel() // own.numel()
+            if self.world.size > 1:
+                full = own.new_empty(own.numel() * self.world.size)
+                self.world.all_gather(full, own).wait()
+            for name, (offset, p) in self.slots.items() if wanted else ():
+                part = full[offset // k : (offset + p.numel()) // k]
+                shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
+                out.setdefault(name, {})[key] = to_host(part.view(shape))
+        for key, count in self.counts().items() if wanted else ():
+            for name in self.slots:
+                out[name][key] = to_host(count)
+        return out
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """After `reset` and `clear`."""
+        first = state.get(next(iter(self.slots)), {})
+        for key in (key for key in first if key not in ("step", "samples")):
+            k = next(iter(self.slots.values()))[1].numel() // first[key].numel()
+            full = self.data.new_zeros(self.data.numel() // k)
+            for name, (offset, p) in self.slots.items():
+                full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
+            n = self.own.numel() // k
+            self.load(key, full[self.world.rank * n : (self.world.rank + 1) * n].clone())
+        if "step" in first:
+            self.load("step", first["step"].to(self.own.device, copy=True))
+
+
+class MuonBank(Bank):
+    """Matrices of one shape, each of which lies on one rank whole."""
+
+    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+        self.matrix: tuple[int, int] = matrix_view(items[0][1])[1:]
+        super().__init__(group, items, world, unit=self.matrix[0] * self.matrix[1])
+        self.direct, self.turn = muon_direction, muon_update
+        self.reset()
+
     def reset(self) -> None:
         """State as at step 0."""
-        if self.group.kind == "muon":
-            self.momentum = torch.zeros_like(self.own)
-            if self.group.beta2:
-                self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
-        else:
-            self.adam: dict[str, Tensor] = {}  # from the first step on: a parked run has no need
+        self.momentum = torch.zeros_like(self.own)
+        if self.group.beta2:
+            self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
+
+    def compile(self) -> None:
+        """What is pointwise around the products, in a pass or two."""
+        self.compiled = True
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        self.direct, self.turn = wrap(muon_direction), wrap(muon_update)
 
     @torch.no_grad()
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        group = self.group
-        factors = (group.lr * lr, momentum, 1 - momentum)
-        if self.compiled:
-            factors = on_device(torch.tensor(factors), self.own.device).unbind()
-        if group.kind == "adam":
-            if not self.adam:
-                self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
-                self.adam["step"] = self.own.new_zeros(())
-            self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, group)
-            return
+        group, factors = self.group, self.factors(lr, momentum)
         grad, mean = (t.view(-1, *self.matrix) for t in (self.own_grad, self.momentum))
         step = orthogonalize(self.direct(grad, mean, *factors[1:], bad, dtype))
         second = self.second.view(len(step), -1) if group.beta2 else None
         self.turn(self.own.view_as(step), step, second, factors[0], bad, group)
 
+    def state(self) -> dict[str, Tensor]:
+        """`second` has a number for every min(rows, cols) weights."""
+        mine = {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
+        return mine | super().state()
+
+
+class AdamBank(Bank):
+    """Parameters of any shapes."""
+
+    ALIGN = 64  # elements: Inductor copies inputs that are not aligned
+    FEW = 1 << 20  # elements; fewer do not pay for a graph
+
+    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+        super().__init__(group, items, world, unit=self.ALIGN)
+        self.adam_update = adam_update
+        self.reset()
+
+    def reset(self) -> None:
+        """State as at step 0."""
+        self.adam: dict[str, Tensor] = {}  # from the first step on: a parked run has no need
+
+    def compile(self) -> None:
+        """In a pass or two."""
+        if self.own.numel() < self.FEW:
+            return
+        self.compiled = True
+        self.adam_update = torch.compile(adam_pass, fullgraph=True, dynamic=False)
+
     @torch.no_grad()
-    def sample(self, number: int) -> None:
-        """The owned weights' running mean takes them up as they are: sample `number`, from 1."""
-        if self.tail is None:
-            self.tail = self.own.clone()
-        else:
-            self.tail.lerp_(self.own, 1 / number)
+    def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
+        """As that of `MuonBank`; momentum and dtype are Muon's."""
+        factors = self.factors(lr, momentum)
+        if not self.adam:
+            self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam["step"] = self.own.new_zeros(())
+        self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, self.group)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
-        that it holds. `second` has a number for every min(rows, cols) weights."""
-        tail = {} if self.tail is None else {"tail": self.tail}
-        if self.group.kind == "muon":
-            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)} | tail
+        """Both moments, and a gradient that it holds."""
         moments = {key: t for key, t in self.adam.items() if key != "step"}
-        return moments | ({"grad": self.kept} if self.held else {}) | tail
+        return moments | ({"grad": self.kept} if self.held else {}) | super().state()
+
+    def counts(self) -> dict[str, Tensor]:
+        return {"step": self.adam["step"]} if self.adam else {}
+
+    def load(self, key: str, own: Tensor) -> None:
+        if key == "grad":
+            self.take()
+            self.hold(own)
+        elif key == "tail":
+            super().load(key, own)
+        else:
+            self.adam[key] = own
+
+
+def banks_of(
+    model: nn.Module,
+    groups: dict[str, Group],
+    world: World,
+    assign: Callable[[str, nn.Parameter], str],
+) -> list[tuple[str, Bank]]:
+    """(group's name, bank) for all that is trained; Muon's has a bank for each shape of matrix."""
+    items: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        group = assign(name, p)
+        shape = matrix_view(p)[1:] if groups[group].kind == "muon" else ()
+        items.setdefault((group, shape), []).append((name, p))
+    kinds = {"muon": MuonBank, "adam": AdamBank}
+    return [
+        (group, kinds[groups[group].kind](groups[group], some, world))
+        for (group, _), some in items.items()
+    ]
 
 
 def row_update(
@@ -2645,7 +2754,7 @@ class RowAdam:
 
     @torch.no_grad()
     def update(self, lr: float, factor: Tensor, bad: Tensor) -> None:
-        """One step from all that is held. factor: on the gradient; lr, bad: as in `Bank.update`."""
+        """One step from all that is held. factor: on the gradient; lr, bad: as a bank's."""
         places, grad = joined(self.held)
         self.clear()
         self.count.add_(bad.logical_not())
@@ -2670,8 +2779,38 @@ class RowAdam:
             self.held.append((state["places"].to(device), state["grad"].to(device)))
 
 
-def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
-    return getattr(p, "muon_view", None) or (1, *p.shape)
+class Tail:
+    """A running mean of samples of the weights, of which each bank keeps its owned slice (--tail).
+    Not of an n-gram table, beside which there may be no room for another."""
+
+    def __init__(self, banks: list[Bank]):
+        self.banks, self.samples = banks, 0
+
+    def drop(self) -> None:
+        self.samples = 0
+        for bank in self.banks:
+            bank.tail = None
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """The weights as they are count in the mean."""
+        self.samples += 1
+        for bank in self.banks:
+            if bank.tail is None:
+                bank.tail = bank.own.clone()
+            else:
+                bank.tail.lerp_(bank.own, 1 / self.samples)
+
+    @torch.no_grad()
+    def blend(self, share: float) -> None:
+        """weights += share x (mean of the samples - weights), on every rank, all groups alike; then
+        there are no samples. What was one matrix (`Optimizer.tied`) stays one."""
+        gathers = []
+        for bank in self.banks:
+            bank.own.lerp_(bank.tail, share)
+            gathers.append(bank.gather())
+        wait_for(gathers)
+        self.drop()
 
 
 class Optimizer:
@@ -2685,19 +2824,14 @@ class Optimizer:
         self, model: nn.Module, groups: dict[str, Group], world: World, *, assign=group_of
     ):
         self.world, self.clip, self.muon_dtype = world, 0.0, torch.float32
-        sorted_items: dict[tuple, list] = {}
-        for name, p in model.named_parameters():
-            group = assign(name, p)
-            shape = matrix_view(p)[1:] if groups[group].kind == "muon" else ()
-            sorted_items.setdefault((group, shape), []).append((name, p))
-        self.banks = [Bank(groups[k[0]], items, world) for k, items in sorted_items.items()]
-        at = {group: i for i, (group, _) in enumerate(sorted_items)}
-        self.tied = [self.banks[at[group]] for group in ("head", "tied") if "tied" in at]
-        self.banks.sort(key=lambda b: b.data.numel())
+        banks = banks_of(model, groups, world, assign)
+        self.banks = sorted((bank for _, bank in banks), key=lambda b: b.data.numel())
+        named = dict(banks)
+        self.tied = [named[group] for group in ("head", "tied") if "tied" in named]
         ngram = getattr(model, "ngram", None)
         self.rows = None if ngram is None else RowAdam(ngram, groups["ngram"], world)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
-        self.samples = 0  # of the weights, in the mean that `blend` is about
+        self.tail = Tail(self.banks)
 
     def zero_grad(self) -> None:
         for bank in self.banks:
@@ -2708,36 +2842,11 @@ class Optimizer:
     def reset(self) -> None:
         self.zero_grad()
         self.bad.zero_()
-        self.drop_samples()
+        self.tail.drop()
         for bank in self.banks:
             bank.reset()
         if self.rows is not None:
             self.rows.reset()
-
-    def drop_samples(self) -> None:
-        self.samples = 0
-        for bank in self.banks:
-            bank.tail = None
-
-    def sample(self) -> None:
-        """The weights as they are count in a running mean, of which each rank keeps its slice. Not
-        an n-gram table, beside which there may be no room for another."""
-        self.samples += 1
-        for bank in self.banks:
-            bank.sample(self.samples)
-
-    @torch.no_grad()
-    def blend(self, share: float) -> None:
-        """weights += share x (mean of the samples - weights), on every rank, all groups alike; then
-        there are no samples. What was one matrix (`tied`) stays one."""
-        gathers = []
-        for bank in self.banks:
-            bank.own.lerp_(bank.tail, share)
-            gathers.append(self.world.all_gather(bank.data, bank.own))
-        for wait in gathers:
-            if wait is not None:
-                wait.wait()
-        self.drop_samples()
 
     @torch.no_grad()
     def step(
@@ -2761,15 +2870,34 @@ class Optimizer:
         """
         for bank in self.banks:
             bank.take()
-        waits = [self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)]
-        for wait in waits:
-            if wait is not None:
-                wait.wait()
+        wait_for([self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)])
         grads = [b.own_grad for b in self.banks]
         if tied and adam:
             head, embed = (b.own_grad for b in self.tied)
             embed.copy_(head.add_(embed))
             grads = [g for g in grads if g is not embed]  # the norm counts it once
+        length = self.norm(grads, beside)
+        if self.clip:
+            factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
+            factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
+            torch._foreach_mul_([b.own_grad for b in self.banks], factor)
+        elif self.rows is not None:
+            factor = torch.ones_like(length)
+        gathers = []
+        for bank in self.banks:
+            if bank.group.kind == "muon" or adam:
+                bank.update(lr, momentum, self.muon_dtype, self.bad)
+                gathers.append(bank.gather())
+                bank.clear()
+            else:
+                bank.hold()
+        if self.rows is not None and adam:
+            self.rows.update(lr, factor, self.bad)
+        wait_for(gathers)
+        return length
+
+    def norm(self, grads: list[Tensor], beside: Tensor | None) -> Tensor:
+        """Of the gradient, over all ranks; see `step` for `beside`, and for `bad`."""
         squares = torch.stack(torch._foreach_norm(grads)).square()
         mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
         if self.rows is not None:
@@ -2779,27 +2907,8 @@ class Optimizer:
         length = sums[0].sqrt()
         if beside is not None:
             beside.copy_(sums[1 : 1 + len(beside)])
-        if self.clip:
-            factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
-            factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
-            torch._foreach_mul_([b.own_grad for b in self.banks], factor)
-        elif self.rows is not None:
-            factor = torch.ones_like(length)
         if self.rows is not None:  # who looks at the norm is to see what closed the gate
             length = torch.where(sums[-1].isfinite(), length, sums[-1])
-        gathers = []
-        for bank in self.banks:
-            if bank.group.kind == "muon" or adam:
-                bank.update(lr, momentum, self.muon_dtype, self.bad)
-                gathers.append(self.world.all_gather(bank.data, bank.own))
-                bank.clear()
-            else:
-                bank.hold()
-        if self.rows is not None and adam:
-            self.rows.update(lr, factor, self.bad)
-        for wait in gathers:
-            if wait is not None:
-                wait.wait()
         return length
 
     def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -2808,21 +2917,10 @@ class Optimizer:
         that does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
-            for key, own in bank.state().items():
-                full, k = own, bank.own.numel() // own.numel()
-                if self.world.size > 1:
-                    full = own.new_empty(own.numel() * self.world.size)
-                    self.world.all_gather(full, own).wait()
-                for name, (offset, p) in bank.slots.items() if wanted else ():
-                    part = full[offset // k : (offset + p.numel()) // k]
-                    shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
-                    out.setdefault(name, {})[key] = to_host(part.view(shape))
-            if wanted and bank.group.kind == "adam" and bank.adam:
-                for name in bank.slots:
-                    out[name]["step"] = to_host(bank.adam["step"])
-            if wanted and self.samples:
-                for name in bank.slots:
-                    out[name]["samples"] = torch.tensor(self.samples)
+            out |= bank.state_dict(wanted)
+        if self.tail.samples:
+            for states in out.values():
+                states["samples"] = torch.tensor(self.tail.samples)
         if wanted and self.rows is not None:
             out[RowAdam.NAME] = {key: to_host(t) for key, t in self.rows.state().items()}
         self.world.synchronize()
@@ -2830,31 +2928,13 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.bad.zero_()
-        self.drop_samples()
+        self.reset()
+        for bank in self.banks:
+            bank.load_state_dict(state)
+        samples = (int(states["samples"]) for states in state.values() if "samples" in states)
+        self.tail.samples = max(samples, default=0)
         if self.rows is not None:
             self.rows.load(state.get(RowAdam.NAME, {}))
-        for bank in self.banks:
-            bank.reset()
-            bank.clear()
-            first = state.get(next(iter(bank.slots)), {})
-            self.samples = int(first.get("samples", 0))
-            for key in set(first) - {"step", "samples"}:
-                k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
-                full = bank.data.new_zeros(bank.data.numel() // k)
-                for name, (offset, p) in bank.slots.items():
-                    full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
-                n = bank.own.numel() // k
-                own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
-                if key == "grad":
-                    bank.take()
-                    bank.hold(own)
-                elif bank.group.kind == "muon" or key == "tail":
-                    setattr(bank, key, own)
-                else:
-                    bank.adam[key] = own
-            if "step" in first:
-                bank.adam["step"] = first["step"].to(bank.own.device, copy=True)
 
 
 # ---- 7. Data ------------------------------------------------------------------------------------
@@ -3896,7 +3976,7 @@ class Trainer:
         self.head.drop()
         if self.recorder is not None:
             self.recorder.renew()
-        self.optimizer.drop_samples()  # of a run that did not come to its end
+        self.optimizer.tail.drop()  # of a run that did not come to its end
         if self.ngram is not None:
             self.ngram.table = None
         gc.collect()
@@ -3975,7 +4055,7 @@ class Trainer:
         lr = step.lr if lr is None else lr
         norm = self.optimizer.step(lr, step.momentum, figures, tied=step.tied, adam=step.adam)
         if step.sample:
-            self.optimizer.sample()
+            self.optimizer.tail.sample()
         return figures, norm / LOSS_SCALE
 
     def gradients(self, step: Step, batch: Batch) -> Tensor:
@@ -4398,9 +4478,10 @@ class Run:
     def blend(self) -> None:
         """The run's last training: what --tail asks for. A run that goes on from its own end has no
         samples left. Stops the clock."""
-        samples, share = self.trainer.optimizer.samples, self.cfg.optim.tail_blend
+        tail, share = self.trainer.optimizer.tail, self.cfg.optim.tail_blend
+        samples = tail.samples
         if samples:
-            self.trainer.optimizer.blend(share)
+            tail.blend(share)
         self.clock.stop()
         if samples:
             at = [step.index + 1 for step in self.steps if step.sample]
