@@ -4413,105 +4413,14 @@ class Reporter:
         self.log.progress(done, self.total, text)
 
 
-class Run:
-    """One training run of a Trainer: its folder, log, clock, checkpoints and looks."""
+class Looks:
+    """A run's looks at the dev loss; the last one is at val, too."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
-        self.steps, self.hooks = trainer.steps, trainer.hooks
-        trainer.running = self
-        self.env = machine(self.world)
-        self.peak = peak_flops(self.env)
-        if self.world.cuda and not trainer.graphed:  # a replay allocates nothing: the warm-up did
-            torch.cuda.reset_peak_memory_stats()
-        self.clock, self.first = Clock(self.world), 0
-        self.writer, self.saving = ThreadPoolExecutor(1), None
-        if self.cfg.run.resume:
-            self.resume()
-        else:
-            self.begin()
-        self.reporter = Reporter(trainer, self.log, self.clock, self.peak)
-        self.reporter.done = self.first
-        self.energy = joules(self.world)
-
-    def train(self) -> dict:
-        try:
-            return self.loop()
-        except NonFinite:
-            self.clock.stop()
-            self.end_save()
-            self.finish("non-finite", self.reporter.done)
-            raise
-        finally:
-            self.end_save()
-            self.writer.shutdown()
-
-    def loop(self) -> dict:
-        n, steps = len(self.steps), self.steps[self.first :]
-        looks = {round(n * (i + 1) / self.cfg.run.looks) for i in range(self.cfg.run.looks)} - {n}
-        every = self.cfg.run.save_every
-        batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
-        gc.collect()
-        self.reporter.start()
-        for step, batch in zip(steps, batches, strict=True):
-            self.reporter.push(step, batch, self.trainer.train_step(step, batch))
-            done = step.index + 1
-            if self.hooks.after_step is not None:
-                self.hooks.after_step(self.trainer, step)
-            if done in looks:
-                with self.paused():
-                    self.look(done)
-            if every and done % every == 0 and done < n:  # after the look, which its log holds
-                with self.paused():
-                    self.save(done)
-            self.end_save(wait=False)
-            if self.reporter.stopping:
-                self.stop_on_signal(done)
-        self.reporter.settle()
-        self.blend()
-        if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
-            self.save(n)
-        losses = self.look(n, final=True)
-        self.end_save()
-        return {**losses, **self.finish("done", n)}
-
-    def blend(self) -> None:
-        """The run's last training: what --tail asks for. A run that goes on from its own end has no
-        samples left. Stops the clock."""
-        tail, share = self.trainer.optimizer.tail, self.cfg.optim.tail_blend
-        samples = tail.samples
-        if samples:
-            tail.blend(share)
-        self.clock.stop()
-        if samples:
-            at = [step.index + 1 for step in self.steps if step.sample]
-            text = f"{samples} samples of the weights, after steps {at[0]} to {at[-1]}"
-            self.log.event("tail", f"{text}: their mean is {share} of the final ones")
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.reporter.settle()
-        self.clock.stop()
-        yield
-        self.reporter.start()
-
-    def stop_on_signal(self, done: int) -> None:
-        self.trainer.agreed = True
-        self.reporter.settle()
-        self.clock.stop()
-        self.save(done)
-        self.end_save()
-        self.finish("signal", done)
-        self.log.say(f"stopped by a signal; go on with the same command and --resume {self.folder}")
-        raise SystemExit(EXIT_CODES["signal"])
-
-    def say_left_out(self) -> None:
-        """An event where a sampled loss had less room than targets since the last look."""
-        count = self.world.sum(self.trainer.head.left_out)
-        if count:
-            text = f"{int(count):,} targets had no place among the candidates, so no loss"
-            self.log.event("warning", f"{text}: give --stages more of them")
-        count.zero_()
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.cfg, self.steps = trainer.cfg, trainer.steps
+        n, looks = len(self.steps), self.cfg.run.looks
+        self.after = {round(n * (i + 1) / looks) for i in range(looks)} - {n}
 
     def look(self, done: int, final: bool = False) -> dict:
         """dev_loss at the present window; at the end also val, once, at two windows."""
@@ -4525,65 +4434,56 @@ class Run:
         self.log.write("val", **where, split="dev", dev_loss=out["dev_loss"], **dev)
         self.log.say(f"step:{done}/{len(self.steps)} dev_loss:{out['dev_loss']:.4f}{bpb_text(dev)}")
         if final and self.cfg.run.final_val and self.trainer.corpus.splits.get("val"):
-            wide = self.cfg.schedule.ext_window or at.window
-            val = self.trainer.evaluate("val", at.window)
-            ext = self.trainer.evaluate("val", wide) if wide != at.window else dict(val)
-            losses = {"val_loss": val["loss"], "val_loss_ext": ext.pop("loss")}
-            ext |= {"window": at.window, "ext_window": wide}
-            self.log.write("val", **where, split="val", **losses, **ext)
-            self.log.say(
-                f"val_loss:{losses['val_loss']:.4f} (window {at.window}) val_loss_ext:"
-                f"{losses['val_loss_ext']:.4f} (window {wide}){bpb_text(ext)}"
-            )
-            out |= {**losses, "val_bpb": ext["bpb"]}
-        if self.hooks.on_eval is not None:
-            self.hooks.on_eval(self.trainer, out)
+            out |= self.look_at_val(at, where)
+        hook = self.trainer.hooks.on_eval
+        if hook is not None:
+            hook(self.trainer, out)
         return out
 
-    def open_log(self, folder: Path) -> None:
-        self.folder = self.trainer.folder = folder
-        self.log = RunLog(folder, self.world.main)
+    def look_at_val(self, at: Step, where: dict) -> dict:
+        """val_loss at the last step's window, val_loss_ext at --ext-window."""
+        wide = self.cfg.schedule.ext_window or at.window
+        val = self.trainer.evaluate("val", at.window)
+        ext = self.trainer.evaluate("val", wide) if wide != at.window else dict(val)
+        losses = {"val_loss": val["loss"], "val_loss_ext": ext.pop("loss")}
+        ext |= {"window": at.window, "ext_window": wide}
+        self.log.write("val", **where, split="val", **losses, **ext)
+        self.log.say(
+            f"val_loss:{losses['val_loss']:.4f} (window {at.window}) val_loss_ext:"
+            f"{losses['val_loss_ext']:.4f} (window {wide}){bpb_text(ext)}"
+        )
+        return {**losses, "val_bpb": ext["bpb"]}
+
+    def say_left_out(self) -> None:
+        """An event where a sampled loss had less room than targets since the last look."""
+        count = self.trainer.world.sum(self.trainer.head.left_out)
+        if count:
+            text = f"{int(count):,} targets had no place among the candidates, so no loss"
+            self.log.event("warning", f"{text}: give --stages more of them")
+        count.zero_()
+
+
+class Account:
+    """What a run's log says of the run as a whole, before its first step and after its last."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.cfg, self.world, self.steps = trainer.cfg, trainer.world, trainer.steps
+        self.env = machine(self.world)
+        self.peak = peak_flops(self.env)
+        self.energy: float | None = None  # of this GPU, J, when the run began
 
     def begin(self) -> None:
-        cfg, run_id = self.cfg, self.cfg.run.run_id
-        if not run_id:
-            arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
-            seeds = f"s{cfg.run.seed}-{cfg.data.data_seed}"
-            box = [f"{stamp}_{cfg.preset}_{arm}_{seeds}"]
-            if self.world.size > 1:
-                dist.broadcast_object_list(box)
-            run_id = box[0]
-        folder = Path(cfg.run.out) / run_id
-        refuse_held(folder)
-        self.world.barrier()
-        self.open_log(folder)
-        if self.world.main:
-            for old in (folder / "run.log", folder / "run.jsonl"):
-                if old.exists():  # of an attempt that ended before its first checkpoint
-                    os.replace(old, folder / f"{old.name}.{restarts()}")
-            mark_running(folder)
-        header = self.header()
-        self.log.write("header", **header)
-        params, size = header["params"], self.world.size
-        shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
-        calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
-        self.log.say(
-            f"run {folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
-            f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
-            f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
-            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
-            f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
-            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
-            f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
-            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
-        )
-        self.say_fallbacks()
-
-    def say_fallbacks(self) -> None:
-        """An event for each kernel that was asked for and does not run."""
+        """Header and opening lines; a resumed run's log has those already. Which kernels fall back
+        is said again."""
+        if not self.cfg.run.resume:
+            header = self.header()
+            self.log.write("header", **header)
+            self.log.say(self.opening(header))
         for name, reason in self.trainer.kernels.items():
             if reason:
                 self.log.event("fallback", f"{name}: {reason}; plain PyTorch instead")
+        self.energy = joules(self.world)
 
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
@@ -4592,7 +4492,7 @@ class Run:
         keys = windows(last.window, torch.device("cpu")).tolist()
         return {
             "schema": SCHEMA,
-            "run_id": self.folder.name,
+            "run_id": self.log.folder.name,
             "arm": cfg.model.arm,
             "preset": cfg.preset,
             "track": cfg.run.track,
@@ -4618,102 +4518,24 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int) -> None:
-        """A checkpoint after `done` steps; collective. The state is copied to the host's memory
-        now, and a thread writes it while training goes on."""
-        self.end_save()
-        state = {"rng": torch.get_rng_state()}
-        state["optimizer"] = self.trainer.optimizer.state_dict(self.world.main)
-        if not self.world.main:
-            return
-        weights = self.trainer.model.state_dict()
-        state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
-        if self.world.cuda:
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        meta = self.meta(done)
-        self.world.synchronize()
-        folder, keep = self.folder / "ckpt", self.cfg.run.keep
-        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
+    def opening(self, header: dict) -> str:
+        """The header for people."""
+        cfg, params, size = self.cfg, header["params"], self.world.size
+        shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
+        calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
+        return (
+            f"run {self.log.folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
+            f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
+            f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
+            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
+            f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
+            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
+            f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
+            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
+        )
 
-    def meta(self, done: int) -> dict:
-        """What a checkpoint after `done` steps says of itself, taken at that step."""
-        at = self.steps[done - 1]
-        return {
-            "schema": SCHEMA,
-            "step": done,
-            "tokens": at.end,
-            "train_s": self.clock.seconds,
-            "window": at.window,
-            "arm": self.cfg.model.arm,
-            "labels": self.trainer.labels,
-            "config": self.cfg.flat(),
-            "data": self.trainer.data_digests,
-            "steps": len(self.steps),
-            "log": self.log.offsets(),
-            "h": self.log.h,
-        }
-
-    def end_save(self, wait: bool = True) -> None:
-        """Takes note of a checkpoint that was being written. Where the disk does not take it the
-        run goes on, loudly, and the one before it stands."""
-        if self.saving is None or not (wait or self.saving.done()):
-            return
-        job, self.saving = self.saving, None
-        try:
-            self.log.say(f"saved {job.result()}")
-        except OSError as e:
-            stands = [p.name for p in whole_checkpoints(self.folder / "ckpt")[-1:]]
-            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
-            self.log.event("warning", text)
-
-    def resume(self) -> None:
-        """Loads --resume and cuts the logs back to it; refuses other settings."""
-        path, state, meta, wrong = open_checkpoint(self.cfg.run.resume)
-        try:
-            self.restore(path, state, meta)
-            offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
-            h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise InputError(f"{path} does not fit: {e!r}") from None
-        self.world.barrier()  # every rank has read it
-        if self.world.main:  # what came after it belongs to a run that now does not happen
-            for later in whole_checkpoints(path.parent):
-                if later.name > path.name:
-                    shutil.rmtree(later)
-        self.open_log(path.parents[1])
-        self.log.truncate(offsets, h)
-        if self.world.main:
-            mark_running(self.folder)
-        for text in wrong:
-            self.log.event("warning", f"{text}: passed over and removed")
-        self.log.event("resume", f"from {path} at step {first}")
-        self.say_fallbacks()
-        self.clock, self.first = Clock(self.world, seconds), first
-
-    def restore(self, path: Path, state: dict, meta: dict) -> None:
-        """Weights, optimizer and random numbers of a checkpoint of the same run."""
-        if "optimizer" not in state:  # evals/finetune.py keeps such
-            raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
-        free = {*PARTS["run"].__dataclass_fields__, "preset", "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
-        if any(step.candidates for step in self.steps):
-            free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows
-        # A setting that the checkpoint is too old to know was off, as its default is or was.
-        off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
-        mine, saved = self.cfg.flat(), {**off, **without_deleted(meta["config"], path)}
-        differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
-        if differ:
-            said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
-            raise InputError(f"{path} was saved with other settings: {said}")
-        if meta["data"] != self.trainer.data_digests or meta["steps"] != len(self.steps):
-            raise InputError(f"{path} was trained on other files, or for another number of steps")
-        self.trainer.model.load_state_dict(state["model"])
-        self.trainer.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.world.cuda and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-    def finish(self, status: str, done: int) -> dict:
+    def end(self, status: str, done: int) -> dict:
+        """The figures of the `end` line and the run's folder; collective."""
         after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds
         tokens = self.steps[done - 1].end if done else 0
         spent = math.nan if after is None or self.energy is None else after - self.energy
@@ -4738,7 +4560,257 @@ class Run:
             f"{status}: {seconds:.2f} s of training, {end['tokens_per_s']:,.0f} tokens/s, "
             f"door to loss {end['door_s']:.1f} s{memory}"
         )
-        return {**end, "run": str(self.folder)}
+        return {**end, "run": str(self.log.folder)}
+
+
+def snapshot(trainer: Trainer) -> dict:
+    """Weights, optimizer and random numbers, in the host's memory once the device is synchronised;
+    collective, {} on all ranks but the main one."""
+    world = trainer.world
+    state = {"rng": torch.get_rng_state()}
+    state["optimizer"] = trainer.optimizer.state_dict(world.main)
+    if not world.main:
+        return {}
+    weights = trainer.model.state_dict()
+    state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
+    if world.cuda:
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(trainer: Trainer, state: dict) -> None:
+    """A `snapshot` of the same run."""
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if trainer.world.cuda and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def refuse_others(trainer: Trainer, path: Path, state: dict, meta: dict) -> None:
+    """InputError where a checkpoint is not one of the same run, from which it could go on."""
+    if "optimizer" not in state:  # evals/finetune.py keeps such
+        raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
+    free = {*PARTS["run"].__dataclass_fields__, "preset", "data", "micro_batch_tokens"}
+    free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
+    if any(step.candidates for step in trainer.steps):
+        free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows
+    # A setting that the checkpoint is too old to know was off, as its default is or was.
+    off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
+    mine, saved = trainer.cfg.flat(), {**off, **without_deleted(meta["config"], path)}
+    differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
+    if differ:
+        said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
+        raise InputError(f"{path} was saved with other settings: {said}")
+    if meta["data"] != trainer.data_digests or meta["steps"] != len(trainer.steps):
+        raise InputError(f"{path} was trained on other files, or for another number of steps")
+
+
+class Checkpoints:
+    """What a run saves. The state is copied to the host's memory at once, and a thread writes it
+    while training goes on."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.folder = log.folder / "ckpt"
+        self.writer, self.saving = ThreadPoolExecutor(1), None
+
+    def save(self, done: int) -> None:
+        """See `Run.save`."""
+        self.settle()
+        state, world = snapshot(self.trainer), self.trainer.world
+        if not world.main:
+            return
+        meta = self.meta(done)
+        world.synchronize()
+        keep = self.trainer.cfg.run.keep
+        self.saving = self.writer.submit(save_checkpoint, self.folder, state, meta, keep)
+
+    def meta(self, done: int) -> dict:
+        """What a checkpoint after `done` steps says of itself, taken at that step."""
+        cfg, steps = self.trainer.cfg, self.trainer.steps
+        at = steps[done - 1]
+        return {
+            "schema": SCHEMA,
+            "step": done,
+            "tokens": at.end,
+            "train_s": self.clock.seconds,
+            "window": at.window,
+            "arm": cfg.model.arm,
+            "labels": self.trainer.labels,
+            "config": cfg.flat(),
+            "data": self.trainer.data_digests,
+            "steps": len(steps),
+            "log": self.log.offsets(),
+            "h": self.log.h,
+        }
+
+    def settle(self, wait: bool = True) -> None:
+        """Takes note of a checkpoint that was being written. Where the disk does not take it the
+        run goes on, loudly, and the one before it stands."""
+        if self.saving is None or not (wait or self.saving.done()):
+            return
+        job, self.saving = self.saving, None
+        try:
+            self.log.say(f"saved {job.result()}")
+        except OSError as e:
+            stands = [p.name for p in whole_checkpoints(self.folder)[-1:]]
+            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
+            self.log.event("warning", text)
+
+    def close(self) -> None:
+        self.settle()
+        self.writer.shutdown()
+
+
+def new_run_id(cfg: Config, world: World) -> str:
+    """When, what and with which seeds: the main rank's, on every rank."""
+    arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
+    seeds = f"s{cfg.run.seed}-{cfg.data.data_seed}"
+    box = [f"{stamp}_{cfg.preset}_{arm}_{seeds}"]
+    if world.size > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def new_log(trainer: Trainer) -> RunLog:
+    """The log of a new run, in a folder that holds no other."""
+    cfg, world = trainer.cfg, trainer.world
+    folder = Path(cfg.run.out) / (cfg.run.run_id or new_run_id(cfg, world))
+    refuse_held(folder)
+    world.barrier()
+    trainer.folder = folder
+    log = RunLog(folder, world.main)
+    if world.main:
+        for old in (folder / "run.log", folder / "run.jsonl"):
+            if old.exists():  # of an attempt that ended before its first checkpoint
+                os.replace(old, folder / f"{old.name}.{restarts()}")
+        mark_running(folder)
+    return log
+
+
+def resume(trainer: Trainer) -> tuple[RunLog, int, float]:
+    """Loads --resume and cuts the logs back to it; refuses other settings. (The log, the steps and
+    the training seconds that are done.)"""
+    path, state, meta, wrong = open_checkpoint(trainer.cfg.run.resume)
+    try:
+        refuse_others(trainer, path, state, meta)
+        restore(trainer, state)
+        offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
+        h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path} does not fit: {e!r}") from None
+    world = trainer.world
+    world.barrier()  # every rank has read it
+    if world.main:  # what came after it belongs to a run that now does not happen
+        for later in whole_checkpoints(path.parent):
+            if later.name > path.name:
+                shutil.rmtree(later)
+    trainer.folder = path.parents[1]
+    log = RunLog(trainer.folder, world.main)
+    log.truncate(offsets, h)
+    if world.main:
+        mark_running(trainer.folder)
+    for text in wrong:
+        log.event("warning", f"{text}: passed over and removed")
+    log.event("resume", f"from {path} at step {first}")
+    return log, first, seconds
+
+
+class Run:
+    """One training run of a Trainer: the loop, with what keeps its log, clock, looks and
+    checkpoints."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
+        self.steps, self.hooks = trainer.steps, trainer.hooks
+        trainer.running = self
+        if self.world.cuda and not trainer.graphed:  # a replay allocates nothing: the warm-up did
+            torch.cuda.reset_peak_memory_stats()
+        if self.cfg.run.resume:
+            self.log, self.first, seconds = resume(trainer)
+        else:
+            self.log, self.first, seconds = new_log(trainer), 0, 0.0
+        self.folder, self.clock = self.log.folder, Clock(self.world, seconds)
+        tell = trainer, self.log, self.clock
+        self.account = Account(*tell)
+        self.reporter = Reporter(*tell, self.account.peak)
+        self.looks, self.checkpoints = Looks(*tell), Checkpoints(*tell)
+        self.reporter.done = self.first
+        self.account.begin()
+
+    def train(self) -> dict:
+        try:
+            return self.loop()
+        except NonFinite:
+            self.clock.stop()
+            self.checkpoints.settle()
+            self.account.end("non-finite", self.reporter.done)
+            raise
+        finally:
+            self.checkpoints.close()
+
+    def loop(self) -> dict:
+        n, steps = len(self.steps), self.steps[self.first :]
+        every = self.cfg.run.save_every
+        batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
+        gc.collect()
+        self.reporter.start()
+        for step, batch in zip(steps, batches, strict=True):
+            self.reporter.push(step, batch, self.trainer.train_step(step, batch))
+            done = step.index + 1
+            if self.hooks.after_step is not None:
+                self.hooks.after_step(self.trainer, step)
+            if done in self.looks.after:
+                with self.paused():
+                    self.looks.look(done)
+            if every and done % every == 0 and done < n:  # after the look, which its log holds
+                with self.paused():
+                    self.save(done)
+            self.checkpoints.settle(wait=False)
+            if self.reporter.stopping:
+                self.stop_on_signal(done)
+        self.reporter.settle()
+        self.blend()
+        if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
+            self.save(n)
+        losses = self.looks.look(n, final=True)
+        self.checkpoints.settle()
+        return {**losses, **self.account.end("done", n)}
+
+    def blend(self) -> None:
+        """The run's last training: what --tail asks for. A run that goes on from its own end has no
+        samples left. Stops the clock."""
+        tail, share = self.trainer.optimizer.tail, self.cfg.optim.tail_blend
+        samples = tail.samples
+        if samples:
+            tail.blend(share)
+        self.clock.stop()
+        if samples:
+            at = [step.index + 1 for step in self.steps if step.sample]
+            text = f"{samples} samples of the weights, after steps {at[0]} to {at[-1]}"
+            self.log.event("tail", f"{text}: their mean is {share} of the final ones")
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.reporter.settle()
+        self.clock.stop()
+        yield
+        self.reporter.start()
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps; collective."""
+        self.checkpoints.save(done)
+
+    def stop_on_signal(self, done: int) -> None:
+        self.trainer.agreed = True
+        self.reporter.settle()
+        self.clock.stop()
+        self.save(done)
+        self.checkpoints.settle()
+        self.account.end("signal", done)
+        self.log.say(f"stopped by a signal; go on with the same command and --resume {self.folder}")
+        raise SystemExit(EXIT_CODES["signal"])
 
 
 def bpb_text(result: dict) -> str:
