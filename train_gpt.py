@@ -2746,8 +2746,7 @@ class RowAdam:
         if self.world.size > 1:
             own = joined(mine)
             full = [t.new_empty(self.world.size * len(t), *t.shape[1:]) for t in own]
-            for wait in [self.world.all_gather(*pair) for pair in zip(full, own, strict=True)]:
-                wait.wait()
+            wait_for([self.world.all_gather(*pair) for pair in zip(full, own, strict=True)])
             mine = [tuple(full)]
         self.held += mine
         return torch.stack(norms).square().sum().view(1)
