@@ -2174,6 +2174,17 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
 
+def value_tables(cfg: ModelConfig, blocks: nn.ModuleList) -> nn.ParameterList:
+    """Each as wide as its widest reader; a narrower one takes the first columns."""
+    widths: list[list[int]] = [[] for _ in range(len(cfg.value_layers) or cfg.value_tables)]
+    for i, block in enumerate(blocks):
+        slot = value_slot(cfg, i)
+        if slot is not None:
+            widths[slot].append(block.attn.arm.kv_width)
+    shapes = [(padded(cfg.vocab), max(some, default=cfg.d_model)) for some in widths]
+    return nn.ParameterList(parameter(shape, ("normal", 1.0), "value") for shape in shapes)
+
+
 class GPT(nn.Module):
     """The speedrun stack. forward(tokens, docs [B, T] int32, window [2]) -> hidden [B, T, d], ready
     for the head. window: long and short, tokens, int32 on the device; or `Limits`, which ask for
@@ -2184,8 +2195,7 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         self.softcap: Cap = SHIFTED_CAP if cfg.shifted_cap else cfg.softcap
         self.flex: bool | None = None  # None: FlexAttention on CUDA, dense on CPU
-        rows = padded(cfg.vocab)
-        shape = (rows, cfg.d_model)
+        shape = (padded(cfg.vocab), cfg.d_model)
         self.embed = parameter(shape, ("normal", 1.0), "embed")
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.head = parameter(shape, ("zeros",), "head")
@@ -2194,21 +2204,11 @@ class GPT(nn.Module):
             self.embed.group, self.embed.starts_as = "tied", "head"
         self.resid = parameter((cfg.n_layer, 2), ("columns", 1.1, 0.0), "scalar")  # a, b
         self.mix = parameter((2,), ("columns", -1.5, 0.5), "scalar")  # skip, backout
-        tables = len(cfg.value_layers) or cfg.value_tables
-        self.values = nn.ParameterList(self.value_table(i, rows) for i in range(tables))
+        self.values = value_tables(cfg, self.blocks)
         self.ngram = Ngram(cfg, dtype) if cfg.ngram else None
         self.smear = Smear() if cfg.smear else None
         self.pointer = Pointer(cfg) if cfg.copy else None
         self.register_rope(2 * max_length if cfg.paired else max_length)
-
-    def value_table(self, slot: int, rows: int) -> nn.Parameter:
-        """As wide as its widest reader; a narrower one takes the first columns."""
-        users = [
-            b.attn.arm.kv_width
-            for i, b in enumerate(self.blocks)
-            if b.attn is not None and value_slot(self.cfg, i) == slot
-        ]
-        return parameter((rows, max(users, default=self.cfg.d_model)), ("normal", 1.0), "value")
 
     def register_rope(self, length: int) -> None:
         cfg = self.cfg
@@ -2418,7 +2418,7 @@ class Group:
     wd: float = 0.0
     eps: float = 1e-10
     beta2: float = 0.0  # muon: see `even_out`
-    cautious_wd: float = 0.0  # see `Bank.update`
+    cautious_wd: float = 0.0  # see `muon_update`, `adam_decay`
 
 
 def add_(t: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
@@ -2513,23 +2513,31 @@ def group_of(name: str, p: nn.Parameter) -> str:
     return getattr(p, "group", "matrix" if p.ndim == 2 else "gate")
 
 
+def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
+    return getattr(p, "muon_view", None) or (1, *p.shape)
+
+
+def wait_for(handles: list) -> None:
+    """Until these collectives are through; None stands for one of a single rank."""
+    for handle in handles:
+        if handle is not None:
+            handle.wait()
+
+
 class Bank:
     """Parameters of one group and matrix shape, behind one flat tensor and one flat gradient.
 
     `p.data` are views of the first, so a collective needs no copies; `take` brings what backward
-    left into the second. Each rank owns one slice: its optimizer state exists there alone.
+    left into the second. Each rank owns one slice: its optimizer state exists there alone. How a
+    slice is updated is for `MuonBank` and `AdamBank` to say.
     """
 
-    ALIGN = 64  # elements: Inductor copies inputs that are not aligned
-    FEW = 1 << 20  # elements
-
-    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+    def __init__(
+        self, group: Group, items: list[tuple[str, nn.Parameter]], world: World, unit: int
+    ):
+        """unit: elements; each parameter and each slice takes a multiple of it."""
         self.group, self.world, self.slots = group, world, {}
-        self.matrix: tuple[int, int] | None = None
-        unit, offset = self.ALIGN, 0
-        if group.kind == "muon":
-            self.matrix = matrix_view(items[0][1])[1:]
-            unit = self.matrix[0] * self.matrix[1]
+        offset = 0
         for name, p in items:
             self.slots[name] = (offset, p)
             offset += math.ceil(p.numel() / unit) * unit
@@ -2548,20 +2556,8 @@ class Bank:
         self.own, self.kept = self.data[part], self.grad[part]
         self.own_grad = self.grad if world.size == 1 else torch.zeros_like(self.own)
         self.held = False  # `kept` has the gradient of earlier steps
-        self.tail: Tensor | None = None  # mean of the owned weights, from the first sample on
+        self.tail: Tensor | None = None  # mean of the owned weights, see `Tail`
         self.compiled = False
-        self.direct, self.turn, self.adam_update = muon_direction, muon_update, adam_update
-        self.reset()
-
-    def compile(self) -> None:
-        """Adam, and what is pointwise around Muon's products, in a pass or two each. A few numbers
-        do not pay for a graph."""
-        if self.own.numel() < self.FEW and self.group.kind == "adam":
-            return
-        self.compiled = True
-        functions = (muon_direction, muon_update, adam_pass)
-        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        self.direct, self.turn, self.adam_update = map(wrap, functions)
 
     def clear(self) -> None:
         for p, _ in self.views:
@@ -2589,50 +2585,163 @@ class Bank:
             self.kept.copy_(self.own_grad if own is None else own)
         self.held = True
 
+    def gather(self):
+        """The weights <- all ranks' slices; a handle, see `wait_for`."""
+        return self.world.all_gather(self.data, self.own)
+
+    def factors(self, lr: float, momentum: float) -> tuple:
+        """The rate, momentum and what that leaves to 1; tensors for a compiled graph."""
+        factors = (self.group.lr * lr, momentum, 1 - momentum)
+        if self.compiled:
+            factors = on_device(torch.tensor(factors), self.own.device).unbind()
+        return factors
+
+    def state(self) -> dict[str, Tensor]:
+        """Name of each state tensor -> its owned slice."""
+        return {} if self.tail is None else {"tail": self.tail}
+
+    def counts(self) -> dict[str, Tensor]:
+        """State that is one number for all weights."""
+        return {}
+
+    def load(self, key: str, own: Tensor) -> None:
+        """One tensor of `state` or `counts`, this rank's own."""
+        setattr(self, key, own)
+
+    def state_dict(self, wanted: bool) -> dict[str, dict[str, Tensor]]:
+        """This bank's share in that of `Optimizer`."""
+        out: dict[str, dict[str, Tensor]] = {}
+        for key, own in self.state().items():
+            full, k = own, self.own.numel() // own.numel()
+            if self.world.size > 1:
+                full = own.new_empty(own.numel() * self.world.size)
+                self.world.all_gather(full, own).wait()
+            for name, (offset, p) in self.slots.items() if wanted else ():
+                part = full[offset // k : (offset + p.numel()) // k]
+                shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
+                out.setdefault(name, {})[key] = to_host(part.view(shape))
+        for key, count in self.counts().items() if wanted else ():
+            for name in self.slots:
+                out[name][key] = to_host(count)
+        return out
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """After `reset` and `clear`."""
+        first = state.get(next(iter(self.slots)), {})
+        for key in (key for key in first if key not in ("step", "samples")):
+            k = next(iter(self.slots.values()))[1].numel() // first[key].numel()
+            full = self.data.new_zeros(self.data.numel() // k)
+            for name, (offset, p) in self.slots.items():
+                full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
+            n = self.own.numel() // k
+            self.load(key, full[self.world.rank * n : (self.world.rank + 1) * n].clone())
+        if "step" in first:
+            self.load("step", first["step"].to(self.own.device, copy=True))
+
+
+class MuonBank(Bank):
+    """Matrices of one shape, each of which lies on one rank whole."""
+
+    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+        self.matrix: tuple[int, int] = matrix_view(items[0][1])[1:]
+        super().__init__(group, items, world, unit=self.matrix[0] * self.matrix[1])
+        self.direct, self.turn = muon_direction, muon_update
+        self.reset()
+
     def reset(self) -> None:
         """State as at step 0."""
-        if self.group.kind == "muon":
-            self.momentum = torch.zeros_like(self.own)
-            if self.group.beta2:
-                self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
-        else:
-            self.adam: dict[str, Tensor] = {}  # from the first step on: a parked run has no need
+        self.momentum = torch.zeros_like(self.own)
+        if self.group.beta2:
+            self.second = self.own.new_zeros(self.own.numel() // min(self.matrix))
+
+    def compile(self) -> None:
+        """What is pointwise around the products, in a pass or two."""
+        self.compiled = True
+        wrap = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        self.direct, self.turn = wrap(muon_direction), wrap(muon_update)
 
     @torch.no_grad()
     def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
         """One step on the owned slice. lr: the schedule's factor on the group's. bad: a bool on the
         device; where it is true, weights and state stay as they are, to the bit."""
-        group = self.group
-        factors = (group.lr * lr, momentum, 1 - momentum)
-        if self.compiled:
-            factors = on_device(torch.tensor(factors), self.own.device).unbind()
-        if group.kind == "adam":
-            if not self.adam:
-                self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
-                self.adam["step"] = self.own.new_zeros(())
-            self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, group)
-            return
+        group, factors = self.group, self.factors(lr, momentum)
         grad, mean = (t.view(-1, *self.matrix) for t in (self.own_grad, self.momentum))
         step = orthogonalize(self.direct(grad, mean, *factors[1:], bad, dtype))
         second = self.second.view(len(step), -1) if group.beta2 else None
         self.turn(self.own.view_as(step), step, second, factors[0], bad, group)
 
+    def state(self) -> dict[str, Tensor]:
+        """`second` has a number for every min(rows, cols) weights."""
+        mine = {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)}
+        return mine | super().state()
+
+
+class AdamBank(Bank):
+    """Parameters of any shapes."""
+
+    ALIGN = 64  # elements: Inductor copies inputs that are not aligned
+    FEW = 1 << 20  # elements; fewer do not pay for a graph
+
+    def __init__(self, group: Group, items: list[tuple[str, nn.Parameter]], world: World):
+        super().__init__(group, items, world, unit=self.ALIGN)
+        self.adam_update = adam_update
+        self.reset()
+
+    def reset(self) -> None:
+        """State as at step 0."""
+        self.adam: dict[str, Tensor] = {}  # from the first step on: a parked run has no need
+
+    def compile(self) -> None:
+        """In a pass or two."""
+        if self.own.numel() < self.FEW:
+            return
+        self.compiled = True
+        self.adam_update = torch.compile(adam_pass, fullgraph=True, dynamic=False)
+
     @torch.no_grad()
-    def sample(self, number: int) -> None:
-        """The owned weights' running mean takes them up as they are: sample `number`, from 1."""
-        if self.tail is None:
-            self.tail = self.own.clone()
-        else:
-            self.tail.lerp_(self.own, 1 / number)
+    def update(self, lr: float, momentum: float, dtype: torch.dtype, bad: Tensor) -> None:
+        """As that of `MuonBank`; momentum and dtype are Muon's."""
+        factors = self.factors(lr, momentum)
+        if not self.adam:
+            self.adam = {key: torch.zeros_like(self.own) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam["step"] = self.own.new_zeros(())
+        self.adam_update(self.own, self.own_grad, self.adam, factors[0], bad, self.group)
 
     def state(self) -> dict[str, Tensor]:
-        """Name of each state tensor -> its owned slice; `adam` has a step count too, and a gradient
-        that it holds. `second` has a number for every min(rows, cols) weights."""
-        tail = {} if self.tail is None else {"tail": self.tail}
-        if self.group.kind == "muon":
-            return {k: getattr(self, k) for k in ("momentum", "second") if hasattr(self, k)} | tail
+        """Both moments, and a gradient that it holds."""
         moments = {key: t for key, t in self.adam.items() if key != "step"}
-        return moments | ({"grad": self.kept} if self.held else {}) | tail
+        return moments | ({"grad": self.kept} if self.held else {}) | super().state()
+
+    def counts(self) -> dict[str, Tensor]:
+        return {"step": self.adam["step"]} if self.adam else {}
+
+    def load(self, key: str, own: Tensor) -> None:
+        if key == "grad":
+            self.take()
+            self.hold(own)
+        elif key == "tail":
+            super().load(key, own)
+        else:
+            self.adam[key] = own
+
+
+def banks_of(
+    model: nn.Module,
+    groups: dict[str, Group],
+    world: World,
+    assign: Callable[[str, nn.Parameter], str],
+) -> list[tuple[str, Bank]]:
+    """(group's name, bank) for all that is trained; Muon's has a bank for each shape of matrix."""
+    items: dict[tuple, list] = {}
+    for name, p in model.named_parameters():
+        group = assign(name, p)
+        shape = matrix_view(p)[1:] if groups[group].kind == "muon" else ()
+        items.setdefault((group, shape), []).append((name, p))
+    kinds = {"muon": MuonBank, "adam": AdamBank}
+    return [
+        (group, kinds[groups[group].kind](groups[group], some, world))
+        for (group, _), some in items.items()
+    ]
 
 
 def row_update(
@@ -2719,15 +2828,14 @@ class RowAdam:
         if self.world.size > 1:
             own = joined(mine)
             full = [t.new_empty(self.world.size * len(t), *t.shape[1:]) for t in own]
-            for wait in [self.world.all_gather(*pair) for pair in zip(full, own, strict=True)]:
-                wait.wait()
+            wait_for([self.world.all_gather(*pair) for pair in zip(full, own, strict=True)])
             mine = [tuple(full)]
         self.held += mine
         return torch.stack(norms).square().sum().view(1)
 
     @torch.no_grad()
     def update(self, lr: float, factor: Tensor, bad: Tensor) -> None:
-        """One step from all that is held. factor: on the gradient; lr, bad: as in `Bank.update`."""
+        """One step from all that is held. factor: on the gradient; lr, bad: as a bank's."""
         places, grad = joined(self.held)
         self.clear()
         self.count.add_(bad.logical_not())
@@ -2752,8 +2860,38 @@ class RowAdam:
             self.held.append((state["places"].to(device), state["grad"].to(device)))
 
 
-def matrix_view(p: nn.Parameter) -> tuple[int, int, int]:
-    return getattr(p, "muon_view", None) or (1, *p.shape)
+class Tail:
+    """A running mean of samples of the weights, of which each bank keeps its owned slice (--tail).
+    Not of an n-gram table, beside which there may be no room for another."""
+
+    def __init__(self, banks: list[Bank]):
+        self.banks, self.samples = banks, 0
+
+    def drop(self) -> None:
+        self.samples = 0
+        for bank in self.banks:
+            bank.tail = None
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """The weights as they are count in the mean."""
+        self.samples += 1
+        for bank in self.banks:
+            if bank.tail is None:
+                bank.tail = bank.own.clone()
+            else:
+                bank.tail.lerp_(bank.own, 1 / self.samples)
+
+    @torch.no_grad()
+    def blend(self, share: float) -> None:
+        """weights += share x (mean of the samples - weights), on every rank, all groups alike; then
+        there are no samples. What was one matrix (`Optimizer.tied`) stays one."""
+        gathers = []
+        for bank in self.banks:
+            bank.own.lerp_(bank.tail, share)
+            gathers.append(bank.gather())
+        wait_for(gathers)
+        self.drop()
 
 
 class Optimizer:
@@ -2767,19 +2905,14 @@ class Optimizer:
         self, model: nn.Module, groups: dict[str, Group], world: World, *, assign=group_of
     ):
         self.world, self.clip, self.muon_dtype = world, 0.0, torch.float32
-        sorted_items: dict[tuple, list] = {}
-        for name, p in model.named_parameters():
-            group = assign(name, p)
-            shape = matrix_view(p)[1:] if groups[group].kind == "muon" else ()
-            sorted_items.setdefault((group, shape), []).append((name, p))
-        self.banks = [Bank(groups[k[0]], items, world) for k, items in sorted_items.items()]
-        at = {group: i for i, (group, _) in enumerate(sorted_items)}
-        self.tied = [self.banks[at[group]] for group in ("head", "tied") if "tied" in at]
-        self.banks.sort(key=lambda b: b.data.numel())
+        banks = banks_of(model, groups, world, assign)
+        self.banks = sorted((bank for _, bank in banks), key=lambda b: b.data.numel())
+        named = dict(banks)
+        self.tied = [named[group] for group in ("head", "tied") if "tied" in named]
         ngram = getattr(model, "ngram", None)
         self.rows = None if ngram is None else RowAdam(ngram, groups["ngram"], world)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.banks[0].data.device)
-        self.samples = 0  # of the weights, in the mean that `blend` is about
+        self.tail = Tail(self.banks)
 
     def zero_grad(self) -> None:
         for bank in self.banks:
@@ -2790,36 +2923,11 @@ class Optimizer:
     def reset(self) -> None:
         self.zero_grad()
         self.bad.zero_()
-        self.drop_samples()
+        self.tail.drop()
         for bank in self.banks:
             bank.reset()
         if self.rows is not None:
             self.rows.reset()
-
-    def drop_samples(self) -> None:
-        self.samples = 0
-        for bank in self.banks:
-            bank.tail = None
-
-    def sample(self) -> None:
-        """The weights as they are count in a running mean, of which each rank keeps its slice. Not
-        an n-gram table, beside which there may be no room for another."""
-        self.samples += 1
-        for bank in self.banks:
-            bank.sample(self.samples)
-
-    @torch.no_grad()
-    def blend(self, share: float) -> None:
-        """weights += share x (mean of the samples - weights), on every rank, all groups alike; then
-        there are no samples. What was one matrix (`tied`) stays one."""
-        gathers = []
-        for bank in self.banks:
-            bank.own.lerp_(bank.tail, share)
-            gathers.append(self.world.all_gather(bank.data, bank.own))
-        for wait in gathers:
-            if wait is not None:
-                wait.wait()
-        self.drop_samples()
 
     @torch.no_grad()
     def step(
@@ -2843,15 +2951,34 @@ class Optimizer:
         """
         for bank in self.banks:
             bank.take()
-        waits = [self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)]
-        for wait in waits:
-            if wait is not None:
-                wait.wait()
+        wait_for([self.world.reduce_scatter(b.grad, b.own_grad) for b in reversed(self.banks)])
         grads = [b.own_grad for b in self.banks]
         if tied and adam:
             head, embed = (b.own_grad for b in self.tied)
             embed.copy_(head.add_(embed))
             grads = [g for g in grads if g is not embed]  # the norm counts it once
+        length = self.norm(grads, beside)
+        if self.clip:
+            factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
+            factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
+            torch._foreach_mul_([b.own_grad for b in self.banks], factor)
+        elif self.rows is not None:
+            factor = torch.ones_like(length)
+        gathers = []
+        for bank in self.banks:
+            if bank.group.kind == "muon" or adam:
+                bank.update(lr, momentum, self.muon_dtype, self.bad)
+                gathers.append(bank.gather())
+                bank.clear()
+            else:
+                bank.hold()
+        if self.rows is not None and adam:
+            self.rows.update(lr, factor, self.bad)
+        wait_for(gathers)
+        return length
+
+    def norm(self, grads: list[Tensor], beside: Tensor | None) -> Tensor:
+        """Of the gradient, over all ranks; see `step` for `beside`, and for `bad`."""
         squares = torch.stack(torch._foreach_norm(grads)).square()
         mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
         if self.rows is not None:
@@ -2861,27 +2988,8 @@ class Optimizer:
         length = sums[0].sqrt()
         if beside is not None:
             beside.copy_(sums[1 : 1 + len(beside)])
-        if self.clip:
-            factor = (self.clip * LOSS_SCALE / (length + 1e-6)).clamp(max=1.0)
-            factor = torch.where(self.bad, 1.0, factor)  # between parameters zeros stay zeros
-            torch._foreach_mul_([b.own_grad for b in self.banks], factor)
-        elif self.rows is not None:
-            factor = torch.ones_like(length)
         if self.rows is not None:  # who looks at the norm is to see what closed the gate
             length = torch.where(sums[-1].isfinite(), length, sums[-1])
-        gathers = []
-        for bank in self.banks:
-            if bank.group.kind == "muon" or adam:
-                bank.update(lr, momentum, self.muon_dtype, self.bad)
-                gathers.append(self.world.all_gather(bank.data, bank.own))
-                bank.clear()
-            else:
-                bank.hold()
-        if self.rows is not None and adam:
-            self.rows.update(lr, factor, self.bad)
-        for wait in gathers:
-            if wait is not None:
-                wait.wait()
         return length
 
     def state_dict(self, wanted: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -2890,21 +2998,10 @@ class Optimizer:
         that does not want it gets {}."""
         out: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
-            for key, own in bank.state().items():
-                full, k = own, bank.own.numel() // own.numel()
-                if self.world.size > 1:
-                    full = own.new_empty(own.numel() * self.world.size)
-                    self.world.all_gather(full, own).wait()
-                for name, (offset, p) in bank.slots.items() if wanted else ():
-                    part = full[offset // k : (offset + p.numel()) // k]
-                    shape = p.shape if k == 1 else (matrix_view(p)[0], -1)
-                    out.setdefault(name, {})[key] = to_host(part.view(shape))
-            if wanted and bank.group.kind == "adam" and bank.adam:
-                for name in bank.slots:
-                    out[name]["step"] = to_host(bank.adam["step"])
-            if wanted and self.samples:
-                for name in bank.slots:
-                    out[name]["samples"] = torch.tensor(self.samples)
+            out |= bank.state_dict(wanted)
+        if self.tail.samples:
+            for states in out.values():
+                states["samples"] = torch.tensor(self.tail.samples)
         if wanted and self.rows is not None:
             out[RowAdam.NAME] = {key: to_host(t) for key, t in self.rows.state().items()}
         self.world.synchronize()
@@ -2912,31 +3009,13 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.bad.zero_()
-        self.drop_samples()
+        self.reset()
+        for bank in self.banks:
+            bank.load_state_dict(state)
+        samples = (int(states["samples"]) for states in state.values() if "samples" in states)
+        self.tail.samples = max(samples, default=0)
         if self.rows is not None:
             self.rows.load(state.get(RowAdam.NAME, {}))
-        for bank in self.banks:
-            bank.reset()
-            bank.clear()
-            first = state.get(next(iter(bank.slots)), {})
-            self.samples = int(first.get("samples", 0))
-            for key in set(first) - {"step", "samples"}:
-                k = next(iter(bank.slots.values()))[1].numel() // first[key].numel()
-                full = bank.data.new_zeros(bank.data.numel() // k)
-                for name, (offset, p) in bank.slots.items():
-                    full[offset // k : (offset + p.numel()) // k] = state[name][key].flatten()
-                n = bank.own.numel() // k
-                own = full[self.world.rank * n : (self.world.rank + 1) * n].clone()
-                if key == "grad":
-                    bank.take()
-                    bank.hold(own)
-                elif bank.group.kind == "muon" or key == "tail":
-                    setattr(bank, key, own)
-                else:
-                    bank.adam[key] = own
-            if "step" in first:
-                bank.adam["step"] = first["step"].to(bank.own.device, copy=True)
 
 
 # ---- 7. Data ------------------------------------------------------------------------------------
@@ -4439,7 +4518,7 @@ class Trainer:
         self.optimizer.zero_grad()  # after a step that failed they may lie in a graph's memory
         self.graphs.drop()
         self.head.drop()
-        self.optimizer.drop_samples()  # of a run that did not come to its end
+        self.optimizer.tail.drop()  # of a run that did not come to its end
         if self.lm.ngram is not None:
             self.lm.ngram.table = None
         gc.collect()
@@ -4456,7 +4535,7 @@ class Trainer:
         lr = step.lr if lr is None else lr
         norm = self.optimizer.step(lr, step.momentum, figures, tied=step.tied, adam=step.adam)
         if step.sample:
-            self.optimizer.sample()
+            self.optimizer.tail.sample()
         return figures, norm / LOSS_SCALE
 
     def gradients(self, step: Step, batch: Batch) -> Tensor:
@@ -4690,104 +4769,14 @@ class Reporter:
         self.log.progress(done, self.total, text)
 
 
-class Run:
-    """One training run of a Trainer: its folder, log, clock, checkpoints and looks."""
+class Looks:
+    """A run's looks at the dev loss; the last one is at val, too."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
-        self.steps, self.hooks = trainer.steps, trainer.hooks
-        trainer.running = self
-        self.env = machine(self.world)
-        self.peak = peak_flops(self.env)
-        if self.world.cuda and not trainer.graphed:  # a replay allocates nothing: the warm-up did
-            torch.cuda.reset_peak_memory_stats()
-        self.clock, self.first = Clock(self.world), 0
-        self.writer, self.saving = ThreadPoolExecutor(1), None
-        if self.cfg.run.resume:
-            self.resume()
-        else:
-            self.begin()
-        self.reporter = Reporter(trainer, self.log, self.clock, self.peak)
-        self.reporter.done = self.first
-        self.energy = joules(self.world)
-
-    def train(self) -> dict:
-        try:
-            return self.loop()
-        except NonFinite:
-            self.clock.stop()
-            self.end_save()
-            self.finish("non-finite", self.reporter.done)
-            raise
-        finally:
-            self.end_save()
-            self.writer.shutdown()
-
-    def loop(self) -> dict:
-        n, steps = len(self.steps), self.steps[self.first :]
-        looks = {round(n * (i + 1) / self.cfg.run.looks) for i in range(self.cfg.run.looks)} - {n}
-        every = self.cfg.run.save_every
-        batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
-        gc.collect()
-        self.reporter.start()
-        for step, batch in zip(steps, batches, strict=True):
-            self.reporter.push(step, batch, self.trainer.train_step(step, batch))
-            done = step.index + 1
-            if self.hooks.after_step is not None:
-                self.hooks.after_step(self.trainer, step)
-            if done in looks:
-                with self.paused():
-                    self.look(done)
-            if every and done % every == 0 and done < n:  # after the look, which its log holds
-                with self.paused():
-                    self.save(done)
-            self.end_save(wait=False)
-            if self.reporter.stopping:
-                self.stop_on_signal(done)
-        self.reporter.settle()
-        self.blend()
-        if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
-            self.save(n)
-        losses = self.look(n, final=True)
-        self.end_save()
-        return {**losses, **self.finish("done", n)}
-
-    def blend(self) -> None:
-        """The run's last training: what --tail asks for. A run that goes on from its own end has no
-        samples left. Stops the clock."""
-        samples, share = self.trainer.optimizer.samples, self.cfg.optim.tail_blend
-        if samples:
-            self.trainer.optimizer.blend(share)
-        self.clock.stop()
-        if samples:
-            at = [step.index + 1 for step in self.steps if step.sample]
-            text = f"{samples} samples of the weights, after steps {at[0]} to {at[-1]}"
-            self.log.event("tail", f"{text}: their mean is {share} of the final ones")
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.reporter.settle()
-        self.clock.stop()
-        yield
-        self.reporter.start()
-
-    def stop_on_signal(self, done: int) -> None:
-        self.trainer.agreed = True
-        self.reporter.settle()
-        self.clock.stop()
-        self.save(done)
-        self.end_save()
-        self.finish("signal", done)
-        self.log.say(f"stopped by a signal; go on with the same command and --resume {self.folder}")
-        raise SystemExit(EXIT_CODES["signal"])
-
-    def say_left_out(self) -> None:
-        """An event where a sampled loss had less room than targets since the last look."""
-        count = self.world.sum(self.trainer.head.left_out)
-        if count:
-            text = f"{int(count):,} targets had no place among the candidates, so no loss"
-            self.log.event("warning", f"{text}: give --stages more of them")
-        count.zero_()
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.cfg, self.steps = trainer.cfg, trainer.steps
+        n, looks = len(self.steps), self.cfg.run.looks
+        self.after = {round(n * (i + 1) / looks) for i in range(looks)} - {n}
 
     def look(self, done: int, final: bool = False) -> dict:
         """dev_loss at the present window; at the end also val, once, at two windows."""
@@ -4801,65 +4790,56 @@ class Run:
         self.log.write("val", **where, split="dev", dev_loss=out["dev_loss"], **dev)
         self.log.say(f"step:{done}/{len(self.steps)} dev_loss:{out['dev_loss']:.4f}{bpb_text(dev)}")
         if final and self.cfg.run.final_val and self.trainer.corpus.splits.get("val"):
-            wide = self.cfg.schedule.ext_window or at.window
-            val = self.trainer.evaluate("val", at.window)
-            ext = self.trainer.evaluate("val", wide) if wide != at.window else dict(val)
-            losses = {"val_loss": val["loss"], "val_loss_ext": ext.pop("loss")}
-            ext |= {"window": at.window, "ext_window": wide}
-            self.log.write("val", **where, split="val", **losses, **ext)
-            self.log.say(
-                f"val_loss:{losses['val_loss']:.4f} (window {at.window}) val_loss_ext:"
-                f"{losses['val_loss_ext']:.4f} (window {wide}){bpb_text(ext)}"
-            )
-            out |= {**losses, "val_bpb": ext["bpb"]}
-        if self.hooks.on_eval is not None:
-            self.hooks.on_eval(self.trainer, out)
+            out |= self.look_at_val(at, where)
+        hook = self.trainer.hooks.on_eval
+        if hook is not None:
+            hook(self.trainer, out)
         return out
 
-    def open_log(self, folder: Path) -> None:
-        self.folder = self.trainer.folder = folder
-        self.log = RunLog(folder, self.world.main)
+    def look_at_val(self, at: Step, where: dict) -> dict:
+        """val_loss at the last step's window, val_loss_ext at --ext-window."""
+        wide = self.cfg.schedule.ext_window or at.window
+        val = self.trainer.evaluate("val", at.window)
+        ext = self.trainer.evaluate("val", wide) if wide != at.window else dict(val)
+        losses = {"val_loss": val["loss"], "val_loss_ext": ext.pop("loss")}
+        ext |= {"window": at.window, "ext_window": wide}
+        self.log.write("val", **where, split="val", **losses, **ext)
+        self.log.say(
+            f"val_loss:{losses['val_loss']:.4f} (window {at.window}) val_loss_ext:"
+            f"{losses['val_loss_ext']:.4f} (window {wide}){bpb_text(ext)}"
+        )
+        return {**losses, "val_bpb": ext["bpb"]}
+
+    def say_left_out(self) -> None:
+        """An event where a sampled loss had less room than targets since the last look."""
+        count = self.trainer.world.sum(self.trainer.head.left_out)
+        if count:
+            text = f"{int(count):,} targets had no place among the candidates, so no loss"
+            self.log.event("warning", f"{text}: give --stages more of them")
+        count.zero_()
+
+
+class Account:
+    """What a run's log says of the run as a whole, before its first step and after its last."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.cfg, self.world, self.steps = trainer.cfg, trainer.world, trainer.steps
+        self.env = machine(self.world)
+        self.peak = peak_flops(self.env)
+        self.energy: float | None = None  # of this GPU, J, when the run began
 
     def begin(self) -> None:
-        cfg, run_id = self.cfg, self.cfg.run.run_id
-        if not run_id:
-            arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
-            seeds = f"s{cfg.run.seed}-{cfg.data.data_seed}"
-            box = [f"{stamp}_{cfg.preset}_{arm}_{seeds}"]
-            if self.world.size > 1:
-                dist.broadcast_object_list(box)
-            run_id = box[0]
-        folder = Path(cfg.run.out) / run_id
-        refuse_held(folder)
-        self.world.barrier()
-        self.open_log(folder)
-        if self.world.main:
-            for old in (folder / "run.log", folder / "run.jsonl"):
-                if old.exists():  # of an attempt that ended before its first checkpoint
-                    os.replace(old, folder / f"{old.name}.{restarts()}")
-            mark_running(folder)
-        header = self.header()
-        self.log.write("header", **header)
-        params, size = header["params"], self.world.size
-        shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
-        calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
-        self.log.say(
-            f"run {folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
-            f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
-            f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
-            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
-            f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
-            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
-            f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
-            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
-        )
-        self.say_fallbacks()
-
-    def say_fallbacks(self) -> None:
-        """An event for each kernel that was asked for and does not run."""
+        """Header and opening lines; a resumed run's log has those already. Which kernels fall back
+        is said again."""
+        if not self.cfg.run.resume:
+            header = self.header()
+            self.log.write("header", **header)
+            self.log.say(self.opening(header))
         for name, reason in self.trainer.kernels.items():
             if reason:
                 self.log.event("fallback", f"{name}: {reason}; plain PyTorch instead")
+        self.energy = joules(self.world)
 
     def header(self) -> dict:
         """What a reader needs to know of a run (DESIGN 'Run')."""
@@ -4868,7 +4848,7 @@ class Run:
         keys = windows(last.window, torch.device("cpu")).tolist()
         return {
             "schema": SCHEMA,
-            "run_id": self.folder.name,
+            "run_id": self.log.folder.name,
             "arm": cfg.model.arm,
             "preset": cfg.preset,
             "track": cfg.run.track,
@@ -4894,102 +4874,24 @@ class Run:
             "repeated": max(0, trained - have),
         }
 
-    def save(self, done: int) -> None:
-        """A checkpoint after `done` steps; collective. The state is copied to the host's memory
-        now, and a thread writes it while training goes on."""
-        self.end_save()
-        state = {"rng": torch.get_rng_state()}
-        state["optimizer"] = self.trainer.optimizer.state_dict(self.world.main)
-        if not self.world.main:
-            return
-        weights = self.trainer.model.state_dict()
-        state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
-        if self.world.cuda:
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        meta = self.meta(done)
-        self.world.synchronize()
-        folder, keep = self.folder / "ckpt", self.cfg.run.keep
-        self.saving = self.writer.submit(save_checkpoint, folder, state, meta, keep)
+    def opening(self, header: dict) -> str:
+        """The header for people."""
+        cfg, params, size = self.cfg, header["params"], self.world.size
+        shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
+        calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
+        return (
+            f"run {self.log.folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
+            f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
+            f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
+            f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
+            f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
+            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
+            f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
+            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
+        )
 
-    def meta(self, done: int) -> dict:
-        """What a checkpoint after `done` steps says of itself, taken at that step."""
-        at = self.steps[done - 1]
-        return {
-            "schema": SCHEMA,
-            "step": done,
-            "tokens": at.end,
-            "train_s": self.clock.seconds,
-            "window": at.window,
-            "arm": self.cfg.model.arm,
-            "labels": self.trainer.labels,
-            "config": self.cfg.flat(),
-            "data": self.trainer.data_digests,
-            "steps": len(self.steps),
-            "log": self.log.offsets(),
-            "h": self.log.h,
-        }
-
-    def end_save(self, wait: bool = True) -> None:
-        """Takes note of a checkpoint that was being written. Where the disk does not take it the
-        run goes on, loudly, and the one before it stands."""
-        if self.saving is None or not (wait or self.saving.done()):
-            return
-        job, self.saving = self.saving, None
-        try:
-            self.log.say(f"saved {job.result()}")
-        except OSError as e:
-            stands = [p.name for p in whole_checkpoints(self.folder / "ckpt")[-1:]]
-            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
-            self.log.event("warning", text)
-
-    def resume(self) -> None:
-        """Loads --resume and cuts the logs back to it; refuses other settings."""
-        path, state, meta, wrong = open_checkpoint(self.cfg.run.resume)
-        try:
-            self.restore(path, state, meta)
-            offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
-            h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise InputError(f"{path} does not fit: {e!r}") from None
-        self.world.barrier()  # every rank has read it
-        if self.world.main:  # what came after it belongs to a run that now does not happen
-            for later in whole_checkpoints(path.parent):
-                if later.name > path.name:
-                    shutil.rmtree(later)
-        self.open_log(path.parents[1])
-        self.log.truncate(offsets, h)
-        if self.world.main:
-            mark_running(self.folder)
-        for text in wrong:
-            self.log.event("warning", f"{text}: passed over and removed")
-        self.log.event("resume", f"from {path} at step {first}")
-        self.say_fallbacks()
-        self.clock, self.first = Clock(self.world, seconds), first
-
-    def restore(self, path: Path, state: dict, meta: dict) -> None:
-        """Weights, optimizer and random numbers of a checkpoint of the same run."""
-        if "optimizer" not in state:  # evals/finetune.py keeps such
-            raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
-        free = {*PARTS["run"].__dataclass_fields__, "preset", "data", "micro_batch_tokens"}
-        free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
-        if any(step.candidates for step in self.steps):
-            free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows
-        # A setting that the checkpoint is too old to know was off, as its default is or was.
-        off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
-        mine, saved = self.cfg.flat(), {**off, **without_deleted(meta["config"], path)}
-        differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
-        if differ:
-            said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
-            raise InputError(f"{path} was saved with other settings: {said}")
-        if meta["data"] != self.trainer.data_digests or meta["steps"] != len(self.steps):
-            raise InputError(f"{path} was trained on other files, or for another number of steps")
-        self.trainer.model.load_state_dict(state["model"])
-        self.trainer.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.world.cuda and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-    def finish(self, status: str, done: int) -> dict:
+    def end(self, status: str, done: int) -> dict:
+        """The figures of the `end` line and the run's folder; collective."""
         after, cuda, seconds = joules(self.world), self.world.cuda, self.clock.seconds
         tokens = self.steps[done - 1].end if done else 0
         spent = math.nan if after is None or self.energy is None else after - self.energy
@@ -5014,7 +4916,257 @@ class Run:
             f"{status}: {seconds:.2f} s of training, {end['tokens_per_s']:,.0f} tokens/s, "
             f"door to loss {end['door_s']:.1f} s{memory}"
         )
-        return {**end, "run": str(self.folder)}
+        return {**end, "run": str(self.log.folder)}
+
+
+def snapshot(trainer: Trainer) -> dict:
+    """Weights, optimizer and random numbers, in the host's memory once the device is synchronised;
+    collective, {} on all ranks but the main one."""
+    world = trainer.world
+    state = {"rng": torch.get_rng_state()}
+    state["optimizer"] = trainer.optimizer.state_dict(world.main)
+    if not world.main:
+        return {}
+    weights = trainer.model.state_dict()
+    state["model"] = {k: to_host(v.detach()) for k, v in weights.items()}
+    if world.cuda:
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(trainer: Trainer, state: dict) -> None:
+    """A `snapshot` of the same run."""
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if trainer.world.cuda and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def refuse_others(trainer: Trainer, path: Path, state: dict, meta: dict) -> None:
+    """InputError where a checkpoint is not one of the same run, from which it could go on."""
+    if "optimizer" not in state:  # evals/finetune.py keeps such
+        raise InputError(f"{path} does not fit: it has weights alone, to be used, not resumed")
+    free = {*PARTS["run"].__dataclass_fields__, "preset", "data", "micro_batch_tokens"}
+    free -= {"seed", "dtype", "deterministic", "attention", *KERNELS}
+    if any(step.candidates for step in trainer.steps):
+        free -= {"micro_batch_tokens"}  # which may make other pieces of the head's rows
+    # A setting that the checkpoint is too old to know was off, as its default is or was.
+    off = {**Config().flat(), "mlp_kernel": False, "loss_kernel": False}
+    mine, saved = trainer.cfg.flat(), {**off, **without_deleted(meta["config"], path)}
+    differ = [k for k in saved if k not in free and saved[k] != mine.get(k)]
+    if differ:
+        said = ", ".join(f"{k} {saved[k]!r}, now {mine.get(k)!r}" for k in differ)
+        raise InputError(f"{path} was saved with other settings: {said}")
+    if meta["data"] != trainer.data_digests or meta["steps"] != len(trainer.steps):
+        raise InputError(f"{path} was trained on other files, or for another number of steps")
+
+
+class Checkpoints:
+    """What a run saves. The state is copied to the host's memory at once, and a thread writes it
+    while training goes on."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, clock: Clock):
+        self.trainer, self.log, self.clock = trainer, log, clock
+        self.folder = log.folder / "ckpt"
+        self.writer, self.saving = ThreadPoolExecutor(1), None
+
+    def save(self, done: int) -> None:
+        """See `Run.save`."""
+        self.settle()
+        state, world = snapshot(self.trainer), self.trainer.world
+        if not world.main:
+            return
+        meta = self.meta(done)
+        world.synchronize()
+        keep = self.trainer.cfg.run.keep
+        self.saving = self.writer.submit(save_checkpoint, self.folder, state, meta, keep)
+
+    def meta(self, done: int) -> dict:
+        """What a checkpoint after `done` steps says of itself, taken at that step."""
+        cfg, steps = self.trainer.cfg, self.trainer.steps
+        at = steps[done - 1]
+        return {
+            "schema": SCHEMA,
+            "step": done,
+            "tokens": at.end,
+            "train_s": self.clock.seconds,
+            "window": at.window,
+            "arm": cfg.model.arm,
+            "labels": self.trainer.labels,
+            "config": cfg.flat(),
+            "data": self.trainer.data_digests,
+            "steps": len(steps),
+            "log": self.log.offsets(),
+            "h": self.log.h,
+        }
+
+    def settle(self, wait: bool = True) -> None:
+        """Takes note of a checkpoint that was being written. Where the disk does not take it the
+        run goes on, loudly, and the one before it stands."""
+        if self.saving is None or not (wait or self.saving.done()):
+            return
+        job, self.saving = self.saving, None
+        try:
+            self.log.say(f"saved {job.result()}")
+        except OSError as e:
+            stands = [p.name for p in whole_checkpoints(self.folder)[-1:]]
+            text = f"no checkpoint was saved: {e}; {', '.join(stands) or 'none'} is the newest"
+            self.log.event("warning", text)
+
+    def close(self) -> None:
+        self.settle()
+        self.writer.shutdown()
+
+
+def new_run_id(cfg: Config, world: World) -> str:
+    """When, what and with which seeds: the main rank's, on every rank."""
+    arm, stamp = re.sub(r"[^\w.,=+-]", "-", cfg.model.arm), time.strftime("%Y%m%d-%H%M%S")
+    seeds = f"s{cfg.run.seed}-{cfg.data.data_seed}"
+    box = [f"{stamp}_{cfg.preset}_{arm}_{seeds}"]
+    if world.size > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def new_log(trainer: Trainer) -> RunLog:
+    """The log of a new run, in a folder that holds no other."""
+    cfg, world = trainer.cfg, trainer.world
+    folder = Path(cfg.run.out) / (cfg.run.run_id or new_run_id(cfg, world))
+    refuse_held(folder)
+    world.barrier()
+    trainer.folder = folder
+    log = RunLog(folder, world.main)
+    if world.main:
+        for old in (folder / "run.log", folder / "run.jsonl"):
+            if old.exists():  # of an attempt that ended before its first checkpoint
+                os.replace(old, folder / f"{old.name}.{restarts()}")
+        mark_running(folder)
+    return log
+
+
+def resume(trainer: Trainer) -> tuple[RunLog, int, float]:
+    """Loads --resume and cuts the logs back to it; refuses other settings. (The log, the steps and
+    the training seconds that are done.)"""
+    path, state, meta, wrong = open_checkpoint(trainer.cfg.run.resume)
+    try:
+        refuse_others(trainer, path, state, meta)
+        restore(trainer, state)
+        offsets = {key: int(meta["log"][key]) for key in ("log", "jsonl")}
+        h, first, seconds = str(meta["h"]), int(meta["step"]), float(meta["train_s"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path} does not fit: {e!r}") from None
+    world = trainer.world
+    world.barrier()  # every rank has read it
+    if world.main:  # what came after it belongs to a run that now does not happen
+        for later in whole_checkpoints(path.parent):
+            if later.name > path.name:
+                shutil.rmtree(later)
+    trainer.folder = path.parents[1]
+    log = RunLog(trainer.folder, world.main)
+    log.truncate(offsets, h)
+    if world.main:
+        mark_running(trainer.folder)
+    for text in wrong:
+        log.event("warning", f"{text}: passed over and removed")
+    log.event("resume", f"from {path} at step {first}")
+    return log, first, seconds
+
+
+class Run:
+    """One training run of a Trainer: the loop, with what keeps its log, clock, looks and
+    checkpoints."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.cfg, self.world = trainer, trainer.cfg, trainer.world
+        self.steps, self.hooks = trainer.steps, trainer.hooks
+        trainer.running = self
+        if self.world.cuda and not trainer.graphed:  # a replay allocates nothing: the warm-up did
+            torch.cuda.reset_peak_memory_stats()
+        if self.cfg.run.resume:
+            self.log, self.first, seconds = resume(trainer)
+        else:
+            self.log, self.first, seconds = new_log(trainer), 0, 0.0
+        self.folder, self.clock = self.log.folder, Clock(self.world, seconds)
+        tell = trainer, self.log, self.clock
+        self.account = Account(*tell)
+        self.reporter = Reporter(*tell, self.account.peak)
+        self.looks, self.checkpoints = Looks(*tell), Checkpoints(*tell)
+        self.reporter.done = self.first
+        self.account.begin()
+
+    def train(self) -> dict:
+        try:
+            return self.loop()
+        except NonFinite:
+            self.clock.stop()
+            self.checkpoints.settle()
+            self.account.end("non-finite", self.reporter.done)
+            raise
+        finally:
+            self.checkpoints.close()
+
+    def loop(self) -> dict:
+        n, steps = len(self.steps), self.steps[self.first :]
+        every = self.cfg.run.save_every
+        batches = (self.hooks.batches or self.trainer.default_batches)(steps, self.cfg, self.world)
+        gc.collect()
+        self.reporter.start()
+        for step, batch in zip(steps, batches, strict=True):
+            self.reporter.push(step, batch, self.trainer.train_step(step, batch))
+            done = step.index + 1
+            if self.hooks.after_step is not None:
+                self.hooks.after_step(self.trainer, step)
+            if done in self.looks.after:
+                with self.paused():
+                    self.looks.look(done)
+            if every and done % every == 0 and done < n:  # after the look, which its log holds
+                with self.paused():
+                    self.save(done)
+            self.checkpoints.settle(wait=False)
+            if self.reporter.stopping:
+                self.stop_on_signal(done)
+        self.reporter.settle()
+        self.blend()
+        if self.cfg.run.save_final:  # before the evaluation, which may run out of memory
+            self.save(n)
+        losses = self.looks.look(n, final=True)
+        self.checkpoints.settle()
+        return {**losses, **self.account.end("done", n)}
+
+    def blend(self) -> None:
+        """The run's last training: what --tail asks for. A run that goes on from its own end has no
+        samples left. Stops the clock."""
+        tail, share = self.trainer.optimizer.tail, self.cfg.optim.tail_blend
+        samples = tail.samples
+        if samples:
+            tail.blend(share)
+        self.clock.stop()
+        if samples:
+            at = [step.index + 1 for step in self.steps if step.sample]
+            text = f"{samples} samples of the weights, after steps {at[0]} to {at[-1]}"
+            self.log.event("tail", f"{text}: their mean is {share} of the final ones")
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.reporter.settle()
+        self.clock.stop()
+        yield
+        self.reporter.start()
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps; collective."""
+        self.checkpoints.save(done)
+
+    def stop_on_signal(self, done: int) -> None:
+        self.trainer.agreed = True
+        self.reporter.settle()
+        self.clock.stop()
+        self.save(done)
+        self.checkpoints.settle()
+        self.account.end("signal", done)
+        self.log.say(f"stopped by a signal; go on with the same command and --resume {self.folder}")
+        raise SystemExit(EXIT_CODES["signal"])
 
 
 def bpb_text(result: dict) -> str:

@@ -180,7 +180,7 @@ class Kept:
     def of(cls, trainer: T.Trainer, done: int) -> Kept:
         state = trainer.model.state_dict()
         weights = {n: p if n == TABLE else p.detach().clone() for n, p in state.items()}
-        return cls(weights, trainer.running.meta(done))
+        return cls(weights, trainer.running.checkpoints.meta(done))
 
     @property
     def step(self) -> int:

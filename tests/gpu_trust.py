@@ -91,13 +91,15 @@ class Bench:
             return
         with run.paused():
             start = time.perf_counter()
-            run.end_save()
+            run.checkpoints.settle()
             waited = time.perf_counter()
             run.save(done)
             copied = time.perf_counter()
         row = {"step": done, "waited_s": waited - start, "copy_s": copied - waited}
         self.saves.append(row)
-        run.saving.add_done_callback(lambda _: row.update(write_s=time.perf_counter() - copied))
+        run.checkpoints.saving.add_done_callback(
+            lambda _: row.update(write_s=time.perf_counter() - copied)
+        )
 
     def run(self, name: str, save_at: tuple[int, ...] = (), resume: Path | None = None) -> dict:
         """A run under this name: from the start, or on from the checkpoint `resume`."""

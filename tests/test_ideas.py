@@ -785,7 +785,7 @@ def test_paired_trains_and_samples(text_data, tmp_path):
 @pytest.mark.parametrize("idea", [{}, {"beta2": 0.95, "cautious_wd": 1.2, "wd": 0.1}])
 def test_compiled_update_equals_eager(idea, monkeypatch):
     """Steps with other factors make no new graph; a bad step moves nothing."""
-    monkeypatch.setattr(T.Bank, "FEW", 0)
+    monkeypatch.setattr(T.AdamBank, "FEW", 0)
     groups = {
         "matrix": T.Group("muon", 0.05, **idea),
         "gate": T.Group("adam", 0.02, cautious_wd=30.0 if idea else 0.0, wd=idea.get("wd", 0.0)),

@@ -97,7 +97,7 @@ def test_it_is_said_once(whole, plain):
 
 
 def test_the_blend_is_inside_the_clock(text_data, tmp_path, monkeypatch):
-    blend, seconds = T.Optimizer.blend, []
+    blend, seconds = T.Tail.blend, []
 
     def slow(self, share):
         began = trainer.running.clock.now()
@@ -106,7 +106,7 @@ def test_the_blend_is_inside_the_clock(text_data, tmp_path, monkeypatch):
         blend(self, share)
         seconds.append(trainer.running.clock.now())
 
-    monkeypatch.setattr(T.Optimizer, "blend", slow)
+    monkeypatch.setattr(T.Tail, "blend", slow)
     trainer = T.Trainer(config(text_data, tmp_path))
     result = trainer.run()
     assert result["train_s"] >= round(seconds[0], 3)
@@ -214,17 +214,17 @@ def test_reset_and_park_drop_the_samples(whole, text_data, tmp_path):
     trainer = T.Trainer(config(text_data, tmp_path))
     trainer.warm_up()
     kept = trainer.optimizer
-    assert kept.samples == 0 and all(b.tail is None for b in kept.banks)
+    assert kept.tail.samples == 0 and all(b.tail is None for b in kept.banks)
     for clear in (trainer.start, trainer.park):
-        kept.sample()
-        assert kept.samples == 1 and all(b.tail.dtype == torch.float32 for b in kept.banks)
+        kept.tail.sample()
+        assert kept.tail.samples == 1 and all(b.tail.dtype == torch.float32 for b in kept.banks)
         clear()
-        assert kept.samples == 0 and all(b.tail is None for b in kept.banks)
+        assert kept.tail.samples == 0 and all(b.tail is None for b in kept.banks)
     for run_id in ("a", "b"):
         trainer.reset(0, run_id=run_id)
         trainer.run()
         assert_same(weights_of(trainer.model), weights_of(whole[0].model))
-        assert kept.samples == 0 and all(b.tail is None for b in kept.banks)
+        assert kept.tail.samples == 0 and all(b.tail is None for b in kept.banks)
 
 
 # ---- what it meets ------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_samples_are_taken_up_in_order():
     for _ in range(50):
         for p in model.parameters():
             p.data.copy_(1 + 1e-3 * torch.randn(p.shape, generator=gen))
-        opt.sample()
+        opt.tail.sample()
         seen.append(weights_of(model))
-    opt.blend(1.0)
+    opt.tail.blend(1.0)
     want = by_hand(seen, list(range(1, 51)), 1.0)
     assert_same(weights_of(model), want, atol=3e-7, rtol=0)
 
@@ -278,7 +278,7 @@ def ranks(data: str, out: str) -> dict:
     whole = T.Trainer(config(Path(data), Path(out), **changes))
     whole.run()
     size = [b.own.numel() for b in whole.optimizer.banks]
-    whole.optimizer.sample()
+    whole.optimizer.tail.sample()
     assert [b.tail.numel() for b in whole.optimizer.banks] == size
     weights, at = weights_of(whole.model), Path(out) / "r/ckpt/step_00000007"
     whole.world.barrier()  # or rank 0 cuts off what rank 1 still reads
