@@ -3963,7 +3963,10 @@ def choose_kernels(
     out, and a CPU's reasons are. Raises InputError where --attention fa4 cannot be served."""
     why = try_kernels(cfg, world, model, dtype)
     found = world.gather(why)  # each rank tried for itself: one that fails decides for all
-    why = {name: next((one[name] for one in found if one[name]), "") for name in why}
+    names = dict.fromkeys(name for one in found for name in one)
+    untried = "a rank lacks what it goes with"
+    said = {name: [one.get(name, untried) for one in found] for name in names}
+    why = {name: next(filter(None, reasons), "") for name, reasons in said.items()}
     if not world.cuda:
         why = {name: reason for name, reason in why.items() if not reason or name == "fa4"}
     if why.get("ngram") and world.size > 1:

@@ -453,6 +453,21 @@ def test_what_a_gpu_cannot_do_is_kept(monkeypatch, text_data, tmp_path):
         assert found["mlp_fp8"] == reason
 
 
+def test_one_rank_without_fp8_decides_for_all(monkeypatch, text_data, tmp_path):
+    """It has not tried the loss of an FP8 head, so no rank uses that kernel."""
+    lacks = {"fp8": "no FP8 products here", "mlp_kernel": ""}
+    monkeypatch.setattr(FakeCuda, "gather", lambda self, mine: [mine, lacks], raising=False)
+    monkeypatch.setattr(T, "fp8_works", lambda device: True)
+    monkeypatch.setattr(T, "probe_mlp", lambda device: "")
+    monkeypatch.setattr(T, "probe_loss", lambda device, mixed: "")
+    both = {"dtype": "bfloat16", "softcap": 30.0, "fp8": True}
+    trainer = T.Trainer(H.tiny(text_data, tmp_path, **both))
+    trainer.world = FakeCuda(trainer.world.device)
+    found = T.choose_kernels(trainer.cfg, trainer.world, trainer.model, trainer.dtype)
+    assert found["fp8"] == "no FP8 products here" and found["mlp_kernel"] == ""
+    assert found["loss_kernel"] == "a rank lacks what it goes with"
+
+
 def test_fp8_of_the_mlp_is_named_by_its_ways():
     """A switch of the way forward, in checkpoints and logs of before."""
     flat = T.make_config().flat()
