@@ -4344,16 +4344,29 @@ class Compiled(Exception):
     """In the place of a call."""
 
 
+def whole_graphs() -> contextlib.AbstractContextManager:
+    """A way back is compiled with its way forward, and AOTAutograd's cache takes graphs with an
+    `autograd.Function`: settings that are part of a graph's key there, so that a process and those
+    that compile ahead of it have the same ones."""
+    config = importlib.import_module("torch._functorch.config")
+    return config.patch(
+        force_non_lazy_backward_lowering=True, autograd_cache_allow_custom_autograd_functions=True
+    )
+
+
 def into_caches(function: Callable, *args) -> None:
     """Compiles a graph, and its way back, too, which else would wait for its first use."""
-    functorch = importlib.import_module("torch._functorch.config")
     inductor = importlib.import_module("torch._inductor.compile_fx")
 
     def no_call(*_):
         raise Compiled
 
     def backend(graph, inputs):
-        with functorch.patch(force_non_lazy_backward_lowering=True):
+        # The key has the types that inputs are said to have: here that they are fake.
+        for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            node.type = nn.Parameter if isinstance(value, nn.Parameter) else Tensor
+        graph.recompile()
+        with whole_graphs():
             inductor.compile_fx(graph, inputs)
         return no_call
 
@@ -4383,7 +4396,8 @@ class WarmUp:
         shapes = {(*trainer.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
         shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        with contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
+        keys = whole_graphs() if cfg.run.compile_ahead else contextlib.nullcontext()
+        with keys, contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
             for shape in shapes:
                 of = f", loss over {shape[2]} classes" if shape[2] else ""
                 announce(cfg, world, f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")

@@ -125,13 +125,15 @@ def test_later_graphs_come_from_the_caches_and_losses_are_the_same_bits(
     stages = (T.Stage(0.5, 256, 1.0, (128, 128)), T.Stage(0.5, 512, 1.0, (128, 128)))
     more |= {"stages": stages, "micro_batch_tokens": 512, "tokens": 256 * 12, "compile": True}
     monkeypatch.setattr(T.Ahead, "PATIENCE", 10)  # two cores may serve many
-    hits, losses = [], []
+    hits, found, losses = [], [], []
     for on in (False, True):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"cache{on}"))
         torch._dynamo.reset()
         counters.clear()
         T.train(H.tiny(text_data, tmp_path, run_id=str(on), compile_ahead=on, **more))
         hits.append(counters["inductor"]["fxgraph_cache_hit"])
+        found.append(counters["aot_autograd"]["autograd_cache_hit"])
         losses.append(H.losses(tmp_path / str(on)))
     graphs = 8 if "copy" in more else 3  # model, both ways, then without; lookup; pointer alike
     assert hits == [0, graphs] and losses[0] == losses[1]
+    assert found == [0, 6 if "copy" in more else 2]  # nor are they traced again: one key for both
