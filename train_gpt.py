@@ -262,7 +262,7 @@ class RunConfig:
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
     compile_ahead: bool = knob(
-        False, "graphs after the first compiled in processes beside it, for Inductor's disk caches"
+        False, "graphs after the first compiled in processes beside it, for the disk caches"
     )
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     mlp_fp8: str = knob(
@@ -2978,7 +2978,8 @@ class Optimizer:
         return length
 
     def norm(self, grads: list[Tensor], beside: Tensor | None) -> Tensor:
-        """Of the gradient, over all ranks; see `step` for `beside`, and for `bad`."""
+        """Of the gradient, over all ranks; takes in that of the table's rows, and closes the gate
+        `bad`: see `step`, for `beside`, too."""
         squares = torch.stack(torch._foreach_norm(grads)).square()
         mine = [squares.sum().view(1)] + ([] if beside is None else [beside])
         if self.rows is not None:
@@ -4233,8 +4234,8 @@ class CallGraphs:
 
 
 class Ahead:
-    """Processes that compile what the warm-up comes to later, which then finds it in Inductor's
-    caches on disk; what they fail at it compiles itself.
+    """Processes that compile what the warm-up comes to later, which then finds it in the compiler's
+    caches on disk (see `whole_graphs`); what they fail at it compiles itself.
 
     calls: (rows, tokens a row) of training calls in their order; the first is not for them, and
     after them comes validation, whose name is None.
@@ -4298,6 +4299,7 @@ class Hollow:
 
     def __init__(self, job: dict):
         self.cfg, hooks = config_from_flat(job["config"]), Hooks()
+        self.sources = source_digests(self.cfg, hooks)
         world = World(torch.device(job["device"]), job["rank"], job["size"])
         self.device, self.dtype = world.device, dtype_of(self.cfg.run.dtype, world)
         if self.cfg.run.deterministic:
@@ -4331,7 +4333,7 @@ class Hollow:
             window = torch.empty(2, dtype=torch.int32)
             limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
         pairs = () if lm.ngram is None else (pairs.requires_grad_(),)
-        with torch.set_grad_enabled(call is not None):
+        with whole_graphs(self.sources), torch.set_grad_enabled(call is not None):
             if pairs:
                 into_caches(lm.ngram.lookup, tokens, docs)
             into_caches(lm.model, tokens, docs, limits if lm.fa4 else window, *pairs)
@@ -4344,18 +4346,23 @@ class Compiled(Exception):
     """In the place of a call."""
 
 
-def whole_graphs() -> contextlib.AbstractContextManager:
+def whole_graphs(sources: dict[str, str]) -> contextlib.AbstractContextManager:
     """A way back is compiled with its way forward, and AOTAutograd's cache takes graphs with an
-    `autograd.Function`: settings that are part of a graph's key there, so that a process and those
-    that compile ahead of it have the same ones."""
-    config = importlib.import_module("torch._functorch.config")
-    return config.patch(
-        force_non_lazy_backward_lowering=True, autograd_cache_allow_custom_autograd_functions=True
-    )
+    `autograd.Function`. These settings are part of a graph's key there, so a process and those that
+    compile ahead of it have the same; so are `sources`, the digests of the code, as of a custom
+    op's own gradient (`register_autograd`) the key has nothing."""
+    settings = {"force_non_lazy_backward_lowering": True}
+    settings |= {"autograd_cache_allow_custom_autograd_functions": True}
+    both = contextlib.ExitStack()
+    both.enter_context(importlib.import_module("torch._functorch.config").patch(**settings))
+    compiler = importlib.import_module("torch.compiler.config")
+    tag = compiler.cache_key_tag + json.dumps(sources, sort_keys=True)
+    both.enter_context(compiler.patch(cache_key_tag=tag))
+    return both
 
 
 def into_caches(function: Callable, *args) -> None:
-    """Compiles a graph, and its way back, too, which else would wait for its first use."""
+    """Compiles a graph, and its way back, too, under `whole_graphs`."""
     inductor = importlib.import_module("torch._inductor.compile_fx")
 
     def no_call(*_):
@@ -4366,8 +4373,7 @@ def into_caches(function: Callable, *args) -> None:
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
             node.type = nn.Parameter if isinstance(value, nn.Parameter) else Tensor
         graph.recompile()
-        with whole_graphs():
-            inductor.compile_fx(graph, inputs)
+        inductor.compile_fx(graph, inputs)
         return no_call
 
     with contextlib.suppress(Compiled):
@@ -4396,8 +4402,9 @@ class WarmUp:
         shapes = {(*trainer.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
         shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        keys = whole_graphs() if cfg.run.compile_ahead else contextlib.nullcontext()
-        with keys, contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
+        ahead = cfg.run.compile_ahead
+        keyed = whole_graphs(trainer.source_sha256) if ahead else contextlib.nullcontext()
+        with keyed, contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
             for shape in shapes:
                 of = f", loss over {shape[2]} classes" if shape[2] else ""
                 announce(cfg, world, f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")

@@ -78,11 +78,11 @@ class Worker:
             n = str(comparison.gpus)
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
             start = [sys.executable, *launcher, script]
-        alone = {} if self.others else {worker.ALONE: "1"}
+        env = {**os.environ, worker.ALONE: str(int(not self.others))}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*start, *comparison.flags, "--arm", arm, "--out", str(folder)],
-                env={**os.environ, **alone},
+                env=env,
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log},
                 **{"start_new_session": True, "pass_fds": (lock,)},  # Ctrl-C is for us alone
             )

@@ -71,16 +71,22 @@ def build(arm: str, args) -> T.Trainer:
     return T.Trainer(cfg)
 
 
+def refuse_also(trainer: T.Trainer, args) -> None:
+    """ValueError where a call of an --also step has another shape, and would be compiled anew."""
+    before = trainer.call_shape(args.tokens)
+    for tokens in args.also:
+        after = trainer.call_shape(tokens)
+        if before != after:
+            said = f"--also {tokens}: calls of {after[0]} x {after[1]} tokens"
+            raise ValueError(f"{said}, not {before[0]} x {before[1]}: --set row_tokens=N")
+
+
 def other_steps(trainer: T.Trainer, tokens: int) -> None:
-    """From now on the trainer's steps have so many tokens, in calls of the same shape: so nothing
-    is compiled anew. ValueError where they would not."""
+    """From now on the trainer's steps have so many tokens."""
     (stage,), steps = trainer.cfg.schedule.stages, len(trainer.steps)
-    before, after = trainer.call_shape(stage.tokens), trainer.call_shape(tokens)
-    if before != after:
-        raise ValueError(f"--also {tokens}: calls of {after}, not {before}: --set row_tokens=N")
     stages = (T.dataclasses.replace(stage, tokens=tokens),)
     trainer.cfg = trainer.cfg.with_(stages=stages, tokens=steps * tokens)
-    trainer.plan()
+    trainer.steps = T.steps_of(trainer.cfg, trainer.corpus)
 
 
 def timed(trainer: T.Trainer, window: int, steps: int) -> float:
@@ -400,6 +406,7 @@ def measure(arm: str, number: int, args) -> dict:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = build(arm, args)
+    refuse_also(trainer, args)
     trainer.warm_up()
     world = trainer.world
     ms = {w: round(timed(trainer, w, args.steps), 2) for w in args.windows}

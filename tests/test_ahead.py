@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -137,3 +138,47 @@ def test_later_graphs_come_from_the_caches_and_losses_are_the_same_bits(
     graphs = 8 if "copy" in more else 3  # model, both ways, then without; lookup; pointer alike
     assert hits == [0, graphs] and losses[0] == losses[1]
     assert found == [0, 6 if "copy" in more else 2]  # nor are they traced again: one key for both
+
+
+EDITED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_gpt as T
+from torch._dynamo.utils import counters
+
+factor = float(sys.argv[2])
+
+@torch.library.custom_op("edited::same", mutates_args=())
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+same.register_fake(torch.empty_like)
+same.register_autograd(lambda ctx, grad: grad * factor)
+
+class Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+x = torch.ones(8, requires_grad=True)
+with T.whole_graphs({"trainer": sys.argv[2]}):
+    torch.compile(lambda x: same(Passed.apply(x)), fullgraph=True)(x).sum().backward()
+print(float(x.grad[0]), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.long
+def test_an_edited_gradient_is_not_taken_from_the_caches(tmp_path):
+    """A key has the name of a custom op alone, so the sources are part of it."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    said = []
+    for factor in ("2", "2", "7"):
+        command = [sys.executable, "-c", EDITED, str(H.ROOT), factor]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout.split())
+    assert said == [["2.0", "0"], ["2.0", "1"], ["7.0", "0"]]

@@ -268,6 +268,22 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, capsys):
         scaling.main([])
 
 
+def test_larger_steps_of_the_same_calls(text_data, tmp_path):
+    small = ["row_tokens=32", "micro_batch_tokens=256", "n_layer=2", "d_model=32", "n_head=2"]
+    small += ["head_dim=16", "long_layers=0+1", "backout=-1", "skip=", "no_attention="]
+    small += ["value_tables=1", f"out={tmp_path}", "device=cpu"]
+    args = {"preset": "demo", "data": str(text_data), "set": small, "windows": [128]}
+    args = types.SimpleNamespace(**args, tokens=256, candidates=0, steps=2, also=[512])
+    trainer = B.build("softmax", args)
+    B.refuse_also(trainer, args)
+    B.other_steps(trainer, 512)
+    assert [step.tokens for step in trainer.steps] == [512] * 4
+    assert B.timed(trainer, 128, 2) > 0
+    args.also = [128]
+    with pytest.raises(ValueError, match="--also 128: calls of 8 x 16 tokens, not 8 x 32"):
+        B.refuse_also(trainer, args)
+
+
 @pytest.mark.long
 def test_two_ranks_time_their_collectives(text_data, tmp_path):
     cfg = H.tiny(text_data, "runs")

@@ -208,7 +208,7 @@ def test_an_arm_alone_stays_warm(text_data, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "subprocess", fake)
     for arms in (("softmax",), ("softmax", "diff_v2")):
         compare.Worker("softmax", comparison_of(text_data, *arms), tmp_path, 0)
-    assert [env.get(worker.ALONE) for env in told] == ["1", None]
+    assert [env[worker.ALONE] for env in told] == ["1", "0"]
 
 
 @pytest.mark.gpu
