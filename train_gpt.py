@@ -10,8 +10,9 @@ that two arms differ in nothing else. What has been measured stands in README.md
     python train_gpt.py --preset demo --data DIR                 # a CPU, in minutes
     python train_gpt.py --help                                   # every knob, with its unit
 
-Sections: 1 Config, 2 World, 3 FP8, 4 Attention, 5 GPT, 6 Optimizer, 7 Data, 8 Run folder,
-9 Process, 10 Train, 11 Kernels. Nothing runs at import; every piece can be used alone.
+Sections: 1 Config, 2 World, 3 FP8 and the head's loss, 4 Attention, 5 GPT, 6 Optimizer, 7 Data,
+8 Run folder, 9 Process, 10 Train (the loop is `Run.loop`), 11 Kernels. Nothing runs at import;
+every piece can be used alone.
 """
 
 from __future__ import annotations
@@ -391,7 +392,9 @@ def parse_value(name: str, text: str):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return {"int": lambda t: int(t.replace("_", "")), "float": float, "str": str}[kind](text)
     except (ValueError, KeyError, TypeError, AttributeError):  # `--flag=--` is a list to argparse
-        raise InputError(f"--{name.replace('_', '-')} {text!r} is no {kind}") from None
+        wanted = "SHARE:TOKENS:LR:WINDOW[-WINDOW][:CLASSES], joined by +"
+        what = wanted if "Stage" in kind else kind
+        raise InputError(f"--{name.replace('_', '-')} {text!r} is no {what}") from None
 
 
 # What an arm may set of RunConfig, beside all of ModelConfig and OptimConfig.
@@ -615,7 +618,7 @@ def check_schedule(cfg: Config, world_size: int, need: Need) -> None:
     need(abs(sum(st.share for st in s.stages) - 1) < 1e-3, "--stages: shares must sum to 1")
     for st in s.stages:
         check_stage(st, cfg.data.row_tokens, world_size, need)
-    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown overlap")
+    need(s.warmup + s.cooldown <= 1, "--warmup and --cooldown: together at most 1")
     need(s.untie <= 1, f"--untie {s.untie}: a share of the steps, 0 to 1")
 
 
@@ -635,7 +638,8 @@ def check_stage(st: Stage, row_tokens: int, world_size: int, need: Need) -> None
 
 def check_data(d: DataConfig, need: Need) -> None:
     """Rows, and calls of whole rows."""
-    need(d.row_tokens > 0 and d.val_row_tokens > 0, "rows must hold tokens")
+    need(d.row_tokens > 0 and d.val_row_tokens > 0, "--row_tokens and --val_row_tokens must be > 0")
+    need(d.micro_batch_tokens > 0, "--micro_batch_tokens must be > 0")
     whole = d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0
     need(whole, "--val_call_tokens: whole rows")
 
@@ -721,7 +725,7 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def step_rows(tokens: int, row_tokens: int) -> tuple[int, int]:
-    """(rows, tokens a row) of a step: rows of `row_tokens`, or 8 shorter ones (DESIGN 'Step')."""
+    """(rows, tokens a row) of a step: rows of `row_tokens`, or 8 shorter ones."""
     row = min(row_tokens, max(1, tokens // 8))
     return tokens // row, row
 
@@ -3128,7 +3132,7 @@ class Corpus:
         self.splits |= {"dev": [held], "train": rest}
 
     def hold_out_dev(self) -> None:
-        """Where there is no dev split, the end of one train shard becomes it (DESIGN 'Splits')."""
+        """Where there is no dev split, the end of one train shard becomes it."""
         if self.splits.get("dev"):
             return
         train = self.splits["train"]
@@ -3599,7 +3603,7 @@ def load_model(
 # and lost peers; what is set for a whole process.
 
 EXIT_CODES = {"done": 0, "input": 2, "non-finite": 3, "peer lost": 4, "memory": 5, "signal": 75}
-# What any rank says of itself, and not rank 0 alone.
+# What any rank may write, and not rank 0 alone: others see it as no more than a lost peer.
 OWN_FAULTS = tuple(EXIT_CODES[name] for name in ("input", "peer lost", "memory"))
 # What a restart cannot mend.
 FINAL = tuple(EXIT_CODES[name] for name in ("done", "input", "non-finite", "memory"))
@@ -3638,8 +3642,8 @@ def mark_running(folder: Path) -> None:
 def write_exit(folder: Path | None, code: int, reason: str) -> None:
     """RUN/exit.json, because torchrun returns 1 whatever its workers return.
 
-    Rank 0 speaks for all; another rank for a fault of its own, which the others see as a lost peer:
-    so the first word counts, and 4 is never the last.
+    Rank 0 speaks for all; another rank for a fault of its own, if nobody has spoken before. Rank 0
+    may have the last word, but for 4: that it lost a peer never replaces why.
     """
     if folder is None or not folder.is_dir():
         return
@@ -3761,7 +3765,20 @@ def configure_compiler() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+def be_deterministic() -> None:
+    """The same bits in every run of the same program on the same machine: cuBLAS with a fixed
+    workspace, scatters without atomics, Inductor without choices by timing. FlexAttention's own
+    kernels have no atomics. For the whole process, before its first GPU work."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch._inductor.config.deterministic = True
+
+
 # ---- 10. Train ----------------------------------------------------------------------------------
+# A `LanguageModel` turns tokens into losses and gradients, on a GPU as `CallGraphs`; `WarmUp` has
+# every graph compiled before the clock starts; a `Trainer` holds what one compilation serves; a
+# `Run` is the loop, with its looks, checkpoints and log.
 
 
 class NonFinite(RuntimeError):
@@ -3806,16 +3823,6 @@ def source_digests(cfg: Config, hooks: Hooks) -> dict[str, str]:
     if hooks.model is not None:
         files["variant"] = Path(inspect.getfile(hooks.model))
     return {name: sha256(path) for name, path in files.items()}
-
-
-def be_deterministic() -> None:
-    """The same bits in every run of the same program on the same machine: cuBLAS with a fixed
-    workspace, scatters without atomics, Inductor without choices by timing. FlexAttention's own
-    kernels have no atomics. For the whole process, before its first GPU work."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
-    torch._inductor.config.deterministic = True
 
 
 class Clock:
@@ -3947,7 +3954,7 @@ def try_kernels(cfg: Config, world: World, model: nn.Module, dtype: torch.dtype)
     if run.mlp_fp8 and widths:
         odd = [width for width in widths if width % 16]
         reason = f"it wants widths by 16, not {odd}" if odd else ""
-        reason = why.get("mlp_kernel", "--mlp_kernel is off") or reason
+        reason = why.get("mlp_kernel", "--mlp-kernel is off") or reason
         why["mlp_fp8"] = reason or probe_mlp_fp8(device, run.mlp_fp8 == "both")
     if run.loss_kernel and why.get("fp8") == "" and model.softcap:
         mixed = getattr(model, "pointer", None) is not None
@@ -4641,7 +4648,7 @@ def blame(trainer: Trainer, step: Step, batch: Batch) -> str:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, split: str, long_window: int, calls: int = 0) -> dict:
-    """Loss on a split at one window, nats a token (DESIGN 'Validation').
+    """Loss on a split at one window, nats a token (records/RULES.md).
 
     Targets are tokens 1 to n of the split in rows of val_row_tokens; attention stays within the
     document. bpb: nats of the targets that are text / ln 2 / their bytes. by_position: loss by
@@ -4866,7 +4873,7 @@ class Account:
         self.energy = joules(self.world)
 
     def header(self) -> dict:
-        """What a reader needs to know of a run (DESIGN 'Run')."""
+        """What a reader needs to know of a run."""
         cfg, trainer, last = self.cfg, self.trainer, self.steps[-1]
         have, trained = trainer.corpus.tokens("train"), last.end
         keys = windows(last.window, torch.device("cpu")).tolist()
@@ -5213,7 +5220,7 @@ def smaller(trainer: Trainer | None) -> str:
 
 
 def main(argv: list[str] | None = None, make_hooks: Callable[[Config], Hooks] | None = None) -> int:
-    """The command line; returns the exit code (DESIGN: 0, 2, 3, 4, 5, 75)."""
+    """The command line; returns one of EXIT_CODES."""
     set_environment()
     argv, trainer = sys.argv[1:] if argv is None else argv, None
     try:

@@ -1,4 +1,4 @@
-"""Reading run logs: everything under records/ knows a run by its run.jsonl alone (DESIGN "Run").
+"""Reading run logs: everything under records/ knows a run by its run.jsonl alone.
 
     runs = load_runs("records/open-text/2026-11-24_first-block")
     for block in blocks(runs):  # {arm: Run} of one seed, schedule, machine and sitting

@@ -50,7 +50,7 @@ BUILT_IN = (
 
 
 def write_shard(path: Path, tokens, *, magic=T.SHARD_MAGIC, version=1, count=None) -> Path:
-    """A token shard as DESIGN has it; the keywords make broken ones."""
+    """A token shard as data/ writes it; the keywords make broken ones."""
     tokens = np.asarray(tokens, np.uint16)
     head = np.zeros(256, np.int32)
     head[:3] = magic, version, len(tokens) if count is None else count
@@ -185,7 +185,7 @@ def read_log(run: Path | str, kind: str | None = None) -> list[dict]:
 
 
 def chain_breaks(run: Path | str) -> list[int]:
-    """Numbers of the lines whose hash is wrong, by DESIGN's words and not by RunLog's code."""
+    """Numbers of the lines whose hash is wrong, by what a log promises and not by RunLog's code."""
     h, wrong = "", []
     for i, line in enumerate((Path(run) / "run.jsonl").read_bytes().decode().splitlines()):
         said = json.loads(line)["h"]

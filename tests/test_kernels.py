@@ -446,7 +446,7 @@ def test_what_a_gpu_cannot_do_is_kept(monkeypatch, text_data, tmp_path):
         ({}, "broken, too: False"),
         ({"mlp_fp8": "both"}, "broken, too: True"),
         ({"arm": "softmax,mlp=72"}, "it wants widths by 16, not [72]"),
-        ({"mlp_kernel": False}, "--mlp_kernel is off"),
+        ({"mlp_kernel": False}, "--mlp-kernel is off"),
         ({"dtype": "float32"}, "it computes in bfloat16, not in torch.float32"),
     ):
         found = reasons(monkeypatch, text_data, tmp_path, **eight | changes)

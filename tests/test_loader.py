@@ -294,7 +294,7 @@ def test_micro_rows(rows, row, most):
     tokens=st.sampled_from([65_536, 131_072, 262_144, 393_216]), world=st.sampled_from([1, 2, 4, 8])
 )
 def test_rows_of_a_step(tokens, world):
-    """DESIGN: rows of 16,384, 8 / 16 / 24 a step; a smaller step has 8 shorter rows."""
+    """Rows of 16,384, 8 / 16 / 24 a step; a smaller step has 8 shorter rows."""
     rows, row = T.step_rows(tokens, 16_384)
     want = {65_536: (8, 8192), 131_072: (8, 16_384), 262_144: (16, 16_384), 393_216: (24, 16_384)}
     assert (rows, row) == want[tokens] and rows % world == 0

@@ -150,7 +150,7 @@ def damaged(draw, raw: bytes) -> bytes:
 
 
 def says_so(raw: bytes) -> bool:
-    """Whether these bytes are a shard, by DESIGN's words."""
+    """Whether these bytes are a shard, by the format's words."""
     if len(raw) < 1024:
         return False
     magic, version, count = np.frombuffer(raw[:12], "<i4").tolist()

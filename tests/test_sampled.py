@@ -251,9 +251,9 @@ def test_stages_are_read_and_written():
     [
         ("1:512:1:128:100", "candidates by 128, or 0 for the whole vocabulary"),
         ("1:512:1:128:-128", "candidates by 128"),
-        ("1:512:1:128:x", "is no tuple"),
-        ("1:512:1:128:", "is no tuple"),
-        ("1:512:1:128:128:128", "is no tuple"),
+        ("1:512:1:128:x", "is no SHARE:TOKENS"),
+        ("1:512:1:128:", "is no SHARE:TOKENS"),
+        ("1:512:1:128:128:128", "is no SHARE:TOKENS"),
     ],
 )
 def test_bad_candidates(stage, part):

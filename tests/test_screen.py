@@ -95,7 +95,7 @@ def test_the_table():
         (["a:normuon=0.9"], "'normuon=0.9' needs a graph of its own"),
         (["a:cooldown"], "'cooldown' needs a graph"),
         (["a", "a:cooldown=0.5"], "two variants of one name"),
-        (["a", "b:cooldown=2"], "b: --warmup and --cooldown overlap"),
+        (["a", "b:cooldown=2"], "b: --warmup and --cooldown: together at most 1"),
     ],
 )
 def test_what_is_refused(words, said, text_data, tmp_path, capsys):

@@ -1,5 +1,5 @@
 """The whole loop on real text: every arm falls below what any table of bigrams can reach, and does
-not without attention; the log is what DESIGN says; reset, hooks and exit codes work."""
+not without attention; the log is what it promises; reset, hooks and exit codes work."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_step_val_and_end_lines(run):
 
 
 def test_hash_chain(run, tmp_path):
-    """It verifies by DESIGN's words; and any edit, cut or swap in the middle shows."""
+    """It verifies by what it promises; and any edit, cut or swap in the middle shows."""
     _, folder, _ = run
     assert H.chain_breaks(folder) == []
     lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
