@@ -4409,8 +4409,8 @@ class WarmUp:
         shapes = {(*trainer.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
         shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        ahead = cfg.run.compile_ahead
-        keyed = whole_graphs(trainer.source_sha256) if ahead else contextlib.nullcontext()
+        sources = trainer.source_sha256
+        keyed = whole_graphs(sources) if cfg.run.compile_ahead else contextlib.nullcontext()
         with keyed, contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
             for shape in shapes:
                 of = f", loss over {shape[2]} classes" if shape[2] else ""
@@ -4475,7 +4475,7 @@ class Trainer:
         self.compile_s, self.warm, self.stop, self.agreed = 0.0, False, False, False
         self.folder: Path | None = None
         self.labels: dict = {}  # who compares runs marks them: block, sitting, ...
-        self.running: Run | None = None  # the present run, for hooks: its log, clock and `save`
+        self.running: Run | None = None  # the present run, for hooks: log, clock, checkpoints
         self.set_up()
         self.source_sha256 = source_digests(self.cfg, self.hooks)  # now: this process may live long
 

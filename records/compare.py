@@ -71,14 +71,13 @@ class Worker:
 
     def __init__(self, arm: str, comparison: Comparison, folder: Path, lock: int):
         self.arm, self.log = arm, folder / f"{slug(arm)}.log"
-        self.others = len(comparison.arms) > 1
         script = os.path.relpath(worker.__file__)  # a header has it, and is filed
         start = [sys.executable, script]
         if comparison.gpus > 1:
             n = str(comparison.gpus)
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
             start = [sys.executable, *launcher, script]
-        env = {**os.environ, worker.ALONE: str(int(not self.others))}
+        env = {**os.environ, worker.ALONE: str(int(len(comparison.arms) == 1))}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*start, *comparison.flags, "--arm", arm, "--out", str(folder)],
@@ -106,7 +105,7 @@ class Worker:
     def tell(self, job: Job, sitting: str) -> None:
         labels = {"sitting": sitting, "block": job.block, "order": job.order}
         command = {k: getattr(job, k) for k in ("seed", "data_seed", "tokens", "run_id")}
-        command |= {"labels": labels | {"fraction": job.fraction}, "park": self.others}
+        command["labels"] = labels | {"fraction": job.fraction}
         with contextlib.suppress(BrokenPipeError):  # it is gone, which `hear` will find
             self.process.stdin.write(json.dumps(command).encode() + b"\n")
             self.process.stdin.flush()

@@ -4,11 +4,13 @@
 
 One JSON object a line, over stdin and stdout:
 
-    worker   {"ready": {source_sha256, data, params, flops_per_token, compile_s}}, compiled, and
-             parked unless the environment says RECORDS_WORKER_ALONE=1
-    compare  {"seed", "data_seed", "tokens", "run_id", "labels", "park"}
-    worker   {"done": figures of `Trainer.run`}, parked again where "park" says so; or
+    worker   {"ready": {source_sha256, data, params, flops_per_token, compile_s}}, compiled
+    compare  {"seed", "data_seed", "tokens", "run_id", "labels"}
+    worker   {"done": figures of `Trainer.run`}; or
              {"failed": {code, reason}}, and it ends with that exit code
+
+Before a word it has parked, so that other arms have the GPU's memory, unless its environment says
+RECORDS_WORKER_ALONE=1: there are none.
 
 It ends when its stdin does, in the middle of a run too: no orphan of a killed `compare` goes on
 computing beside its successor. Under torchrun rank 0 alone has the line, and the ranks are one.
@@ -99,8 +101,14 @@ def make_trainer(argv: list[str]) -> T.Trainer:
     return T.Trainer(cfg, make_hooks(cfg) if make_hooks else None)
 
 
+def make_room(trainer: T.Trainer) -> None:
+    """Parks, where other arms wait for the memory."""
+    if os.environ.get(ALONE) != "1":
+        trainer.park()
+
+
 def ready(trainer: T.Trainer) -> dict:
-    """Warms up, and parks for other arms; what compare wants to know before the first run."""
+    """Warms up; what compare wants to know before the first run."""
     trainer.warm_up()
     last = T.windows(trainer.steps[-1].window, torch.device("cpu")).tolist()
     said = {
@@ -110,19 +118,17 @@ def ready(trainer: T.Trainer) -> dict:
         "flops_per_token": float(T.flops_per_token(trainer.model, *last)),
         "compile_s": round(trainer.compile_s, 2),
     }
-    if os.environ.get(ALONE) != "1":
-        trainer.park()
+    make_room(trainer)
     return said
 
 
 def run(trainer: T.Trainer, command: dict) -> dict:
-    """One run from a fresh start. park: whether other arms wait for the memory."""
-    trainer.labels, park = command.pop("labels"), command.pop("park")
+    """One run from a fresh start."""
+    trainer.labels = command.pop("labels")
     trainer.reset(**command)
     result = trainer.run()
     T.write_exit(trainer.folder, T.EXIT_CODES["done"], "done")
-    if park:
-        trainer.park()
+    make_room(trainer)
     return result
 
 

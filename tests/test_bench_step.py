@@ -268,11 +268,16 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, capsys):
         scaling.main([])
 
 
+def small(data) -> list[str]:
+    """`--set` for the demo's preset in the size of `helpers.tiny`."""
+    keys = ("n_layer", "d_model", "n_head", "head_dim", "long_layers", "backout")
+    flat = H.tiny(data, "runs").flat()
+    return [*(f"{k}={flat[k]}" for k in keys), "row_tokens=32"]
+
+
 def test_larger_steps_of_the_same_calls(text_data, tmp_path):
-    small = ["row_tokens=32", "micro_batch_tokens=256", "n_layer=2", "d_model=32", "n_head=2"]
-    small += ["head_dim=16", "long_layers=0+1", "backout=-1", "skip=", "no_attention="]
-    small += ["value_tables=1", f"out={tmp_path}", "device=cpu"]
-    args = {"preset": "demo", "data": str(text_data), "set": small, "windows": [128]}
+    how = [*small(text_data), "micro_batch_tokens=256", f"out={tmp_path}"]
+    args = {"preset": "demo", "data": str(text_data), "set": how, "windows": [128]}
     args = types.SimpleNamespace(**args, tokens=256, candidates=0, steps=2, also=[512])
     trainer = B.build("softmax", args)
     B.refuse_also(trainer, args)
@@ -286,13 +291,10 @@ def test_larger_steps_of_the_same_calls(text_data, tmp_path):
 
 @pytest.mark.long
 def test_two_ranks_time_their_collectives(text_data, tmp_path):
-    cfg = H.tiny(text_data, "runs")
-    keys = ("n_layer", "d_model", "n_head", "head_dim", "long_layers", "backout", "row_tokens")
-    flat, out = cfg.flat(), tmp_path / "two.json"
-    small = [f"{k}={flat[k]}" for k in keys] + ["row_tokens=32", "micro_batch_tokens=128"]
+    out = tmp_path / "two.json"
     argv = ["--preset", "demo", "--data", str(text_data), "--tokens", "256", "--steps", "1"]
     argv += ["--windows", "128", "--profile", "3", "--out", str(out)]
-    argv += ["--also", "512", "--set", *small]
+    argv += ["--also", "512", "--set", *small(text_data), "micro_batch_tokens=128"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(H.ROOT / "tests/bench_step.py"), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -116,12 +116,14 @@ def test_reset_equals_a_fresh_process(text_data, arms, tmp_path, park):
     argv = H.tiny_argv(text_data, tmp_path, **cfg)
     script = str(H.ROOT / "records" / "worker.py")
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, script, *argv], stdin=pipe, stdout=pipe, text=True)
+    how = {"stdin": pipe, "stdout": pipe, "text": True}
+    how["env"] = {**os.environ, worker.ALONE: str(int(not park))}
+    process = subprocess.Popen([sys.executable, script, *argv], **how)
     try:
         ready = json.loads(process.stdout.readline())["ready"]
         for seed, tokens, run_id in ((1, 256 * 12, "first"), (5, 256 * 8, "second")):
             command = {"seed": seed, "data_seed": 2, "tokens": tokens, "run_id": run_id}
-            command |= {"labels": {"block": seed}, "park": park}
+            command["labels"] = {"block": seed}
             print(json.dumps(command), file=process.stdin, flush=True)
             said = json.loads(process.stdout.readline())["done"]
             assert said["tokens"] == tokens and Path(said["run"]) == tmp_path / run_id
@@ -195,7 +197,7 @@ def test_a_parked_trainer_warms_up_again_and_names_its_code_once(text_data, arms
 
 
 def test_an_arm_alone_stays_warm(text_data, tmp_path, monkeypatch):
-    """Where no other arm waits for the memory, a worker is told not to park after its warm-up."""
+    """Where no other arm waits for the memory, a worker is told not to park."""
     trainer = T.Trainer(H.tiny(text_data, tmp_path))
     monkeypatch.setenv(worker.ALONE, "1")
     worker.ready(trainer)
@@ -763,7 +765,7 @@ def test_a_variants_preset(text_data, tmp_path):
     said = worker.ready(trainer)
     assert said["source_sha256"]["variant"] == T.sha256(c.code["variants/gpt2.py"])
     command = {"seed": 3, "data_seed": 0, "tokens": 512, "run_id": "one"}
-    command |= {"labels": {}, "park": True}
+    command["labels"] = {}
     assert worker.run(trainer, command)["tokens"] == 512
     header = logs.load_run(tmp_path / "one").header
     assert header["source_sha256"] == said["source_sha256"] and header["seed"] == 3

@@ -422,10 +422,11 @@ class FakeCuda(T.World):
     cuda = True
 
 
-def reasons(monkeypatch, data, out, **changes) -> dict[str, str]:
+def reasons(monkeypatch, data, out, *, loss="broken here", **changes) -> dict[str, str]:
+    """What is chosen for a Trainer where the probe of the loss kernel says `loss`."""
     monkeypatch.setattr(T, "fp8_works", lambda device: True)
     monkeypatch.setattr(T, "probe_mlp", lambda device: "")
-    monkeypatch.setattr(T, "probe_loss", lambda device, mixed: "broken here")
+    monkeypatch.setattr(T, "probe_loss", lambda device, mixed: loss)
     trainer = T.Trainer(H.tiny(data, out, **changes))
     trainer.world = FakeCuda(trainer.world.device)
     return T.choose_kernels(trainer.cfg, trainer.world, trainer.model, trainer.dtype)
@@ -457,13 +458,8 @@ def test_one_rank_without_fp8_decides_for_all(monkeypatch, text_data, tmp_path):
     """It has not tried the loss of an FP8 head, so no rank uses that kernel."""
     lacks = {"fp8": "no FP8 products here", "mlp_kernel": ""}
     monkeypatch.setattr(FakeCuda, "gather", lambda self, mine: [mine, lacks], raising=False)
-    monkeypatch.setattr(T, "fp8_works", lambda device: True)
-    monkeypatch.setattr(T, "probe_mlp", lambda device: "")
-    monkeypatch.setattr(T, "probe_loss", lambda device, mixed: "")
     both = {"dtype": "bfloat16", "softcap": 30.0, "fp8": True}
-    trainer = T.Trainer(H.tiny(text_data, tmp_path, **both))
-    trainer.world = FakeCuda(trainer.world.device)
-    found = T.choose_kernels(trainer.cfg, trainer.world, trainer.model, trainer.dtype)
+    found = reasons(monkeypatch, text_data, tmp_path, loss="", **both)
     assert found["fp8"] == "no FP8 products here" and found["mlp_kernel"] == ""
     assert found["loss_kernel"] == "a rank lacks what it goes with"
 
