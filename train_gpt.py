@@ -3,7 +3,8 @@
 One file, one process a GPU: torch.compile, FlexAttention with causal x document x sliding-window
 block masks, Muon for matrices and Adam for the rest (sharded over ranks), an FP8 language-model
 head. Attention is a switch (`--arm softmax | diff_v1 | diff_v2,form=light+ | mine.py:Class`), so
-that two arms differ in nothing else. What has been measured stands in README.md and records/.
+that two arms differ in nothing else. What has been measured stands in README.md and records/; the
+record there, with `--attention fa4`: 3.079 on open text after 205 s of training on one H100.
 
     python train_gpt.py --preset speedrun --data DIR             # one GPU, an H100
     torchrun --standalone --nproc-per-node 8 train_gpt.py --preset r28 --data DIR   # eight
