@@ -263,9 +263,6 @@ class RunConfig:
     dtype: str = knob("auto", "activations: auto | bfloat16 | float32")
     fp8: bool = knob(True, "FP8 head where the GPU has it, a loud fall-back where not")
     compile: bool = knob(True, "torch.compile, outside the clock")
-    compile_ahead: bool = knob(
-        False, "graphs after the first compiled in processes beside it, for the disk caches"
-    )
     mlp_kernel: bool = knob(True, "fused MLP (record 59) on Hopper, a loud fall-back elsewhere")
     mlp_fp8: str = knob(
         "", "FP8 in the fused MLP: forward (looks and val too; 84, 89) | both: dx in FP8 as well"
@@ -449,7 +446,7 @@ def light_plus_mlp(m: ModelConfig) -> int:
 
 
 # Settings that older checkpoints and logs have: what they were when off. None: it did not matter.
-DELETED = {"mtp": False, "fused_update": None, "bigram": 0, "bigram_dim": 0}
+DELETED = {"mtp": False, "fused_update": None, "compile_ahead": None, "bigram": 0, "bigram_dim": 0}
 DELETED |= {"token_shares": False, "mudd": False, "attention_from": -1, "selector": "1"}
 
 
@@ -3896,18 +3893,14 @@ def dtype_of(name: str, world: World, half: torch.dtype = torch.bfloat16) -> tor
     return auto if name == "auto" else getattr(torch, name)
 
 
-def bare_model(cfg: Config, hooks: Hooks, dtype: torch.dtype) -> nn.Module:
-    """A model whose weights are still to be drawn."""
-    length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
-    if hooks.model is not None:
-        return hooks.model(cfg, length, dtype)
-    return GPT(cfg.model, length, dtype)
-
-
 def new_model(cfg: Config, hooks: Hooks, dtype: torch.dtype) -> nn.Module:
     """A model as the seed has it, on the CPU: also in what a user's plain modules draw."""
     torch.manual_seed(cfg.run.seed)
-    model = bare_model(cfg, hooks, dtype)
+    length = max(cfg.data.row_tokens, cfg.data.val_row_tokens)
+    if hooks.model is not None:
+        model = hooks.model(cfg, length, dtype)
+    else:
+        model = GPT(cfg.model, length, dtype)
     init_parameters(model, cfg.run.seed)
     return model
 
@@ -4241,153 +4234,6 @@ class CallGraphs:
             self.recorder.renew()
 
 
-class Ahead:
-    """Processes that compile what the warm-up comes to later, which then finds it in the compiler's
-    caches on disk (see `whole_graphs`); what they fail at it compiles itself.
-
-    calls: (rows, tokens a row) of training calls in their order; the first is not for them, and
-    after them comes validation, whose name is None.
-    """
-
-    SECONDS = 600  # that one lives at most, an orphan too
-    PATIENCE = 1.0  # of the time that the warm-up has taken: so long it waits for one more
-
-    def __init__(self, trainer: Trainer, calls: list[tuple[int, int]]):
-        self.children: dict[tuple[int, int] | None, subprocess.Popen] = {}
-        run, world = trainer.cfg.run, trainer.world
-        if not (run.compile and run.compile_ahead) or trainer.hooks.model is not None:
-            return
-        if trainer.compile_s:  # it warms up again, after `park`: all is compiled
-            return
-        self.began, self.misses = time.monotonic(), self.missed()
-        job = {"config": trainer.cfg.flat(), "kernels": trainer.kernels}
-        job |= {"device": str(world.device), "rank": world.rank, "size": world.size}
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt as t; t.Hollow.main()"
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        for call in [*(c for c in dict.fromkeys(calls) if c != calls[0]), None]:
-            command = [sys.executable, "-c", code, str(HERE), json.dumps(job | {"call": call})]
-            try:
-                self.children[call] = subprocess.Popen(command, **quiet)
-            except OSError as e:
-                self.warn(call, e)
-
-    @staticmethod
-    def missed() -> int:
-        return torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
-
-    @staticmethod
-    def warn(call: tuple[int, int] | None, why) -> None:
-        print(f"warning: {call or 'validation'} not compiled ahead: {why}", file=sys.stderr)
-
-    def wait(self, call: tuple[int, int] | None) -> None:
-        """Until that call's graphs are there, or patience ends; for nobody where the first graph
-        was in the caches already."""
-        if call in self.children and self.missed() == self.misses:
-            self.close()
-        child = self.children.get(call)
-        if child is None:
-            return
-        try:
-            child.wait(self.PATIENCE * (time.monotonic() - self.began))
-        except subprocess.TimeoutExpired:
-            child.kill()
-        if child.wait():
-            self.warn(call, f"exit code {child.returncode}")
-
-    def close(self) -> None:
-        for child in self.children.values():
-            child.kill()
-            child.wait()
-        self.children.clear()
-
-
-class Hollow:
-    """A language model of fake tensors: its graphs compile as a real one's do, and take no memory.
-    job: what `Ahead` asks for."""
-
-    def __init__(self, job: dict):
-        self.cfg, hooks = config_from_flat(job["config"]), Hooks()
-        self.sources = source_digests(self.cfg, hooks)
-        world = World(torch.device(job["device"]), job["rank"], job["size"])
-        self.device, self.dtype = world.device, dtype_of(self.cfg.run.dtype, world)
-        if self.cfg.run.deterministic:
-            be_deterministic()
-        if world.cuda:
-            torch.cuda.set_device(world.device)
-        self.fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-        with self.fake, self.device:
-            model = bare_model(self.cfg, hooks, self.dtype)
-            self.optimizer = make_optimizer(model, self.cfg, hooks, world)
-            self.lm = LanguageModel.of(model, self.cfg, self.dtype, job["kernels"])
-            if self.lm.ngram is not None:
-                self.lm.ngram.make()
-
-    @staticmethod
-    def main() -> None:
-        """What a process of `Ahead` does."""
-        signal.alarm(Ahead.SECONDS)
-        os.nice(5)
-        job = json.loads(sys.argv[2])
-        Hollow(job).compile_call(job["call"])
-
-    def compile_call(self, call: list[int] | None) -> None:
-        """The graphs of a training call, both ways, or of one of validation, into the caches."""
-        lm, m, d = self.lm, self.cfg.model, self.cfg.data
-        shape = call or (d.val_call_tokens // d.val_row_tokens, d.val_row_tokens)
-        with self.fake, self.device:
-            tokens, docs = (torch.empty(shape, dtype=torch.int32) for _ in range(2))
-            targets = torch.empty(shape, dtype=torch.int64)
-            h, pairs = (torch.empty(*shape, m.d_model, dtype=self.dtype) for _ in range(2))
-            window = torch.empty(2, dtype=torch.int32)
-            limits = Limits(torch.empty(3, dtype=torch.int32, device="cpu"))
-        pairs = () if lm.ngram is None else (pairs.requires_grad_(),)
-        with whole_graphs(self.sources), torch.set_grad_enabled(call is not None):
-            if pairs:
-                into_caches(lm.ngram.lookup, tokens, docs)
-            into_caches(lm.model, tokens, docs, limits if lm.fa4 else window, *pairs)
-            if lm.pointer is not None:
-                h.requires_grad_(call is not None)
-                into_caches(lm.model.pointer, h, tokens, docs, targets)
-
-
-class Compiled(Exception):
-    """In the place of a call."""
-
-
-def whole_graphs(sources: dict[str, str]) -> contextlib.AbstractContextManager:
-    """A way back is compiled with its way forward, and AOTAutograd's cache takes graphs with an
-    `autograd.Function`. These settings are part of a graph's key there, so a process and those that
-    compile ahead of it have the same; so are `sources`, the digests of the code, as of a custom
-    op's own gradient (`register_autograd`) the key has nothing."""
-    settings = {"force_non_lazy_backward_lowering": True}
-    settings |= {"autograd_cache_allow_custom_autograd_functions": True}
-    both = contextlib.ExitStack()
-    both.enter_context(importlib.import_module("torch._functorch.config").patch(**settings))
-    compiler = importlib.import_module("torch.compiler.config")
-    tag = compiler.cache_key_tag + json.dumps(sources, sort_keys=True)
-    both.enter_context(compiler.patch(cache_key_tag=tag))
-    return both
-
-
-def into_caches(function: Callable, *args) -> None:
-    """Compiles a graph, and its way back, too, under `whole_graphs`."""
-    inductor = importlib.import_module("torch._inductor.compile_fx")
-
-    def no_call(*_):
-        raise Compiled
-
-    def backend(graph, inputs):
-        # The key has the types that inputs are said to have: here that they are fake.
-        for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            node.type = nn.Parameter if isinstance(value, nn.Parameter) else Tensor
-        graph.recompile()
-        inductor.compile_fx(graph, inputs)
-        return no_call
-
-    with contextlib.suppress(Compiled):
-        torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*args)
-
-
 class WarmUp:
     """Training calls that train nothing and one of validation, so that every graph that a trainer's
     stages need is compiled, and recorded, before the clock starts, whatever the budget."""
@@ -4410,19 +4256,14 @@ class WarmUp:
         shapes = {(*trainer.call_shape(s.tokens), s.candidates) for s in stages}
         # The largest first: a graph of smaller calls then fits into its memory.
         shapes = sorted(shapes, key=lambda s: (-s[0] * s[1], s))
-        sources = trainer.source_sha256
-        keyed = whole_graphs(sources) if cfg.run.compile_ahead else contextlib.nullcontext()
-        with keyed, contextlib.closing(Ahead(trainer, [shape[:2] for shape in shapes])) as ahead:
-            for shape in shapes:
-                of = f", loss over {shape[2]} classes" if shape[2] else ""
-                announce(cfg, world, f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
-                ahead.wait(shape[:2])
-                for _ in range(2 if trainer.graphed else 1):  # compiles, then records
-                    self.try_call(shape, trainer.steps[0].window)
-            self.record_windows()
-            announce(cfg, world, f"validation graph, {cfg.data.val_call_tokens} tokens a call")
-            ahead.wait(None)
-            trainer.evaluate("dev", trainer.steps[-1].window, calls=1)
+        for shape in shapes:
+            of = f", loss over {shape[2]} classes" if shape[2] else ""
+            announce(cfg, world, f"training graph, {shape[0]} x {shape[1]} tokens a call{of}")
+            for _ in range(2 if trainer.graphed else 1):  # compiles, then records
+                self.try_call(shape, trainer.steps[0].window)
+        self.record_windows()
+        announce(cfg, world, f"validation graph, {cfg.data.val_call_tokens} tokens a call")
+        trainer.evaluate("dev", trainer.steps[-1].window, calls=1)
         world.synchronize()
         dynamo.error_on_recompile = cfg.run.compile
         return time.perf_counter() - began
