@@ -665,9 +665,8 @@ def check_fa4(cfg: Config, need: Need) -> None:
     need(not m.selective, "--attention fa4 has no --selective: use flex")
     need(m.head_dim == 128, f"--attention fa4: heads of 128, not of --head_dim {m.head_dim}")
     need(
-        m.qk_dim in (0, m.head_dim) or (m.qk_dim == 64 and name == "softmax"),
-        f"--attention fa4 has no gradients at --qk_dim {m.qk_dim} for {name}: use flex, or "
-        "--qk_dim 0",
+        m.qk_dim in (0, 64, m.head_dim),
+        f"--attention fa4 has no gradients at --qk_dim {m.qk_dim}: use flex, or --qk_dim 0",
     )
     need(r.device != "cpu", "--attention fa4 runs on a GPU, not on --device cpu")
     need(r.dtype != "float32", "--attention fa4 computes in bfloat16, not in --dtype float32")
@@ -5955,9 +5954,13 @@ fa4.register_autograd(fa4_gradients, setup_context=fa4_save)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Documents, scale: float) -> Tensor:
-    """`attend` by FlashAttention-4: a call for each cap, on the heads that have it."""
-    flat_k, flat_v, n = k.flatten(0, 1), v.flatten(0, 1), len(mask.caps)
-    parts = []
+    """`attend` by FlashAttention-4: a call for each cap, on the heads that have it. Where queries
+    are narrower than values, each has keys and values of its own, as `fa4` wants them there."""
+    n, parts = len(mask.caps), []
+    each = q.size(2) // (n * k.size(2)) if q.size(3) < v.size(3) else 1
+    if each > 1:
+        k, v = (t.repeat_interleave(each, dim=2) for t in (k, v))
+    flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
     for i, cap in enumerate(mask.caps):
         part = q[:, :, i::n].flatten(0, 1)
         spans = (mask.bounds, mask.limits, mask.short, cap)
