@@ -1,27 +1,40 @@
-"""Whole runs of one arm under several settings, in one process and from one compilation.
+"""Whole runs of one arm under several settings, on dev: what is worth a comparison?
 
     python -m records.screen base c75:cooldown=0.75 lr:matrix_lr=0.02,embed_lr=0.4 \\
         --preset speedrun --data DIR --tokens 98304000 --seeds 0 1
+    python -m records.screen base xsa:xsa=false smear:smear=false --at-a-time 2 --preset ...
 
-A variant is NAME, or NAME:key=value,..., with what needs no graph of its own: the schedule (steps
-of other sizes, windows and classes of the loss, too: all are compiled before the first clock),
-learning rates, momentum, adam_every, the tail. Other settings are arms, for `compare`. The first
-variant is what the others are measured against. Every seed runs all variants; the order turns.
+A variant is NAME, or NAME:key=value,... The first one is what the others are measured against.
+Variants of one graph share a process and its compilation, and the order turns from seed to seed:
+they differ in the schedule (steps of other sizes, windows and classes of the loss, too: all are
+compiled before the first clock), learning rates, momentum, adam_every, the tail. Another setting of
+the model, the optimizer or the kernels has a process of its own. --at-a-time of them run at once:
+one compiles while another trains, which is what makes an ablation short. Each takes a run's memory;
+with several GPUs they take turns on them. On a shared GPU times mean nothing, and are left out.
 
-Judged on dev_loss; val stays closed. FOLDER/NAME_sSEED are the runs. The same line goes on after a
-stop: a finished run is not made again, one that was cut goes to FOLDER/aside. A screen shows what
-to test, and decides nothing (RULES.md). Every other flag is train_gpt.py's.
+Judged on dev_loss; val stays closed. FOLDER/NAME_sSEED are the runs, FOLDER/NAME.out is what a
+process said. The same line goes on after a stop: a finished run is not made again, one that was cut
+goes to FOLDER/aside. A process that fails is named, and the others go on. A screen shows what to
+test, and decides nothing (RULES.md). Every other flag is train_gpt.py's; an --arm is the same for
+all variants (arms are for `compare`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run as a file: its own folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
 
 import train_gpt as T
 from records import logs, stats
@@ -30,22 +43,45 @@ from records.folder import PLACE, finished, set_aside
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
 RATES = {f.name for f in dataclasses.fields(T.OptimConfig) if f.name.endswith("_lr")}
 STEPS = {"momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "adam_every"}
-FREE = SCHEDULE | RATES | STEPS | {"tail", "tail_every", "tail_blend"}
+SHARED = "RECORDS_SCREEN_SHARED"  # in the environment, "1": others compute on the same GPU
+FREE = SCHEDULE | RATES | STEPS | {"tail", "tail_every", "tail_blend"}  # need no graph of their own
+KERNELS = {"attention", "fp8", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs"}
+OWN = {name for name, (part, _) in T.FLAGS.items() if part in ("model", "optim")} | KERNELS
+OWN -= FREE | {"arm", "vocab"}
 
 
 def parse_variant(text: str) -> tuple[str, dict]:
     """`NAME[:key=value,...]` -> (NAME, fields of Config)."""
     name, _, rest = text.partition(":")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise T.InputError(
+            f"variant {text!r}: a name of letters, digits, . + and -, then :key=value"
+        )
     changes = {}
     for pair in filter(None, rest.split(",")):
         key, eq, value = pair.partition("=")
-        if not eq or key not in FREE:
-            raise T.InputError(
-                f"variant {text!r}: {pair!r} needs a graph of its own, or is no key=value: without "
-                f"one there are {', '.join(sorted(FREE))}; for others give arms to compare"
-            )
+        if not eq or key not in FREE | OWN:
+            raise T.InputError(f"variant {text!r}: {pair!r} is no key=value of a run's settings")
         changes[key] = T.parse_value(key, value)
     return name, changes
+
+
+def own_graph(changes: dict) -> dict:
+    """What of a variant other variants' processes do not have."""
+    return {key: value for key, value in changes.items() if key in OWN}
+
+
+def by_graph(variants: dict[str, dict]) -> list[list[str]]:
+    """Names of variants that can share a process, in their order."""
+    found: list[list[str]] = []
+    for name, changes in variants.items():
+        same = (g for g in found if own_graph(variants[g[0]]) == own_graph(changes))
+        group = next(same, None)
+        if group is None:
+            found.append([name])
+        else:
+            group.append(name)
+    return found
 
 
 def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
@@ -59,25 +95,34 @@ def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Of the finished runs below it, in their order: name, seed, dev_loss, train_s."""
+    """Of the finished runs below it, in their order: name, seed, dev_loss, train_s (None where
+    others computed on the same GPU)."""
     found = filter(None, map(finished, sorted({p.parent for p in logs.logs_in(folder)})))
     return [
         {"name": run.labels["variant"], "seed": run.header["seed"]}
-        | {"dev_loss": run.final("dev_loss"), "train_s": run.end["train_s"]}
+        | {"dev_loss": run.final("dev_loss")}
+        | {"train_s": None if run.labels.get("shared") else run.end["train_s"]}
         for run in sorted(found, key=lambda run: run.labels["order"])
     ]
 
 
-class Screen:
-    """A warm Trainer, and the runs so far."""
+def configure(base: T.Config, variants: dict[str, dict]) -> dict[str, T.Config]:
+    """Each variant's Config; one InputError that names everything wrong."""
+    configs = {name: base.with_(**changes) for name, changes in variants.items()}
+    problems = [f"{n}: {p}" for n, c in configs.items() for p in T.check_config(c)]
+    if problems:
+        raise T.InputError("; ".join(problems))
+    return configs
 
-    def __init__(self, base: T.Config, variants: dict[str, dict], folder: Path):
-        self.folder = folder
-        self.configs = {name: base.with_(**changes) for name, changes in variants.items()}
-        problems = [f"{n}: {p}" for n, c in self.configs.items() for p in T.check_config(c)]
-        if problems:
-            raise T.InputError("; ".join(problems))
-        self.trainer = T.Trainer(base.with_(stages=all_stages(list(self.configs.values()))))
+
+class Screen:
+    """A warm Trainer of variants that share a graph, and the runs so far. shared: others compute on
+    the same GPU."""
+
+    def __init__(self, configs: dict[str, T.Config], folder: Path, shared: bool = False):
+        self.folder, self.configs, self.shared = folder, configs, shared
+        first, *_ = all_ = list(configs.values())
+        self.trainer = T.Trainer(first.with_(stages=all_stages(all_)))
         if self.trainer.world.size > 1:
             raise T.InputError("one GPU a screen: start one on each, with CUDA_VISIBLE_DEVICES")
         vocab = self.trainer.cfg.model.vocab
@@ -118,6 +163,7 @@ class Screen:
                     set_aside(self.folder, [path], "it")
                 self.prepare(self.configs[name])
                 self.trainer.labels = {"variant": name, "order": turn * len(names) + place}
+                self.trainer.labels |= {"shared": True} if self.shared else {}
                 self.trainer.reset(seed, self.trainer.cfg.data.data_seed, run_id=path.name)
                 self.trainer.run()
                 print(table(rows_of(self.folder), names), flush=True)
@@ -133,16 +179,86 @@ def table(rows: list[dict], names: list[str]) -> str:
         mine = of[name]
         if not mine:
             continue
-        loss, seconds = (
-            stats.mean([r[key] for r in mine.values()]) for key in ("dev_loss", "train_s")
-        )
+        loss = stats.mean([r["dev_loss"] for r in mine.values()])
+        spent = [r["train_s"] for r in mine.values()]
+        seconds = "" if None in spent else f"{stats.mean(spent):.1f}"
         both = [mine[s]["dev_loss"] - first[s]["dev_loss"] for s in mine if s in first]
         gain = stats.mean_interval(both)
         apart = f"{gain.value:+.4f}" if both and name != names[0] else ""
         limits = f"{gain.low:+.4f} to {gain.high:+.4f}" if apart and gain.low is not None else ""
-        cells = f"{len(mine):4d}  {loss:8.4f}  {apart:>10}  {limits:18}  {seconds:7.1f}"
-        lines.append(f"{name:{wide}}  {cells}")
+        cells = f"{len(mine):4d}  {loss:8.4f}  {apart:>10}  {limits:18}  {seconds:>7}"
+        lines.append(f"{name:{wide}}  {cells}".rstrip())
     return "\n".join(lines)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def gpus_here() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return named.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def run_apart(
+    commands: dict[str, list[str]], at_a_time: int, folder: Path, shared: bool
+) -> list[str]:
+    """Runs each command, at_a_time of them at once, with what it says in FOLDER/NAME.out; names of
+    those that failed. None outlives this process."""
+    cards = gpus_here()
+    waiting, failed = list(commands), []
+    running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, from 0
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        while waiting or running:
+            for place in sorted(set(range(at_a_time)) - set(running)):
+                if waiting:
+                    name, env = waiting.pop(0), dict(os.environ)
+                    if cards:
+                        env["CUDA_VISIBLE_DEVICES"] = cards[place % len(cards)]
+                    if shared:
+                        env[SHARED] = "1"
+                    with (folder / f"{name}.out").open("w") as out:
+                        how = {"stdout": out, "stderr": subprocess.STDOUT, "env": env}
+                        running[place] = name, subprocess.Popen(commands[name], **how)
+            time.sleep(0.2)
+            for place, (name, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[place]
+                    print(f"{name}: ended with {process.returncode}", flush=True)
+                    failed += [name] if process.returncode else []
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+    return failed
+
+
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """A process of this program for each group of variants; names of those that failed."""
+    texts = {text.partition(":")[0]: text for text in args.variants}
+    seeds = ["--seeds", *map(str, args.seeds)]
+    start = [sys.executable, str(Path(__file__).resolve())]
+    commands = {
+        group[0]: [*start, *(texts[name] for name in group), *seeds, "--out", str(args.out), *rest]
+        for group in groups
+    }
+    before = signal.signal(signal.SIGTERM, interrupted)
+    try:
+        shared = args.at_a_time > max(1, len(gpus_here()))
+        failed = run_apart(commands, args.at_a_time, args.out, shared)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for name in failed:
+        print(f"screen: {name} failed: see {args.out / name}.out", file=sys.stderr)
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,19 +268,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("variants", nargs="+", metavar="NAME[:key=value,...]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")
     parser.add_argument("--out", type=Path, default=Path("runs/screen"), metavar="FOLDER")
+    parser.add_argument(
+        "--at-a-time", type=int, default=1, metavar="N", help="processes that run at once [1]"
+    )
     args, rest = parser.parse_known_args(argv)
     try:
         variants = dict(map(parse_variant, args.variants))
         if len(variants) < len(args.variants):
             raise T.InputError("two variants of one name")
+        if args.at_a_time < 1:
+            raise T.InputError("--at-a-time 1 or more")
         flags = ["--no-final-val", "--no-save-final", "--out", str(args.out)]
-        screen = Screen(T.parse_args([*rest, *flags]), variants, args.out)
-        screen.sit(args.seeds)
+        configs = configure(T.parse_args([*rest, *flags]), variants)
+        groups = by_graph(variants)
+        if len(groups) == 1:
+            Screen(configs, args.out, os.environ.get(SHARED) == "1").sit(args.seeds)
+            failed = []
+        else:
+            failed = run_groups(groups, args, rest)
         print(table(rows_of(args.out), list(variants)))
     except T.InputError as e:
         print(f"screen: {e}", file=sys.stderr)
         return T.EXIT_CODES["input"]
-    return 0
+    except KeyboardInterrupt:
+        print("screen: ended by a signal; the same line goes on from here", file=sys.stderr)
+        return T.EXIT_CODES["signal"]
+    return T.EXIT_CODES["peer lost"] if failed else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
 import helpers as H
 import pytest
 
@@ -89,15 +92,102 @@ def test_the_table():
     assert alone.split() == ["b", "1", "3.4000", "10.0"]
 
 
+def test_times_on_a_shared_gpu_are_left_out():
+    made = [
+        {"name": "a", "seed": i, "dev_loss": 3.5, "train_s": t} for i, t in enumerate((9, None))
+    ]
+    assert screen.table(made, ["a"]).splitlines()[1].split() == ["a", "2", "3.5000"]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["a:normuon=0.9"], "'normuon=0.9' needs a graph of its own"),
-        (["a:cooldown"], "'cooldown' needs a graph"),
+        (["a:arm=diff_v2"], "'arm=diff_v2' is no key=value of a run's settings"),
+        (["a:seed=3"], "'seed=3' is no key=value"),
+        (["a:cooldown"], "'cooldown' is no key=value"),
+        (["../a:cooldown=0.5"], "a name of letters"),
         (["a", "a:cooldown=0.5"], "two variants of one name"),
         (["a", "b:cooldown=2"], "b: --warmup and --cooldown: together at most 1"),
+        (["a", "b:n_head=3,d_model=31"], "b: --d-model 31 must be"),
+        (["a", "--at-a-time", "0"], "--at-a-time 1 or more"),
     ],
 )
 def test_what_is_refused(words, said, text_data, tmp_path, capsys):
     assert screen.main([*words, *H.tiny_argv(text_data, tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+# ---- settings with a graph of their own ---------------------------------------------------------
+
+APART = ("base", "off:smear=true", "fast:matrix_lr=0.05", "both:matrix_lr=0.05,smear=true")
+
+
+def test_who_shares_a_process():
+    groups = screen.by_graph(dict(map(screen.parse_variant, (*APART, "no:normuon=0.5"))))
+    assert groups == [["base", "fast"], ["off", "both"], ["no"]]
+
+
+def test_processes_of_their_own(text_data, tmp_path, capsys):
+    """Two at once: the runs are those of `train`, and the same line makes none again."""
+    argv = [*APART, "--at-a-time", "2", *H.tiny_argv(text_data, tmp_path, looks=1)]
+    assert screen.main(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said[-4:]] == [
+        [text.partition(":")[0], "1"] for text in APART
+    ]
+    assert sorted(said[:2]) == ["base: ended with 0", "off: ended with 0"]
+    for text in APART:
+        name, changes = screen.parse_variant(text)
+        alone = H.tiny(text_data, tmp_path / "alone", looks=1, **changes, run_id=name)
+        T.train(alone)
+        assert H.losses(tmp_path / f"{name}_s0") == H.losses(tmp_path / "alone" / name)
+    assert all(row["train_s"] is None for row in screen.rows_of(tmp_path))
+    before = ended(tmp_path)
+    assert screen.main(argv) == 0 and ended(tmp_path) == before
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+me = Path(sys.argv[1])
+me.touch()
+time.sleep(float(sys.argv[2]))
+print(sorted(p.name for p in me.parent.glob("*.on")))
+me.unlink()
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def commands(folder, seconds: float, codes: dict[str, int]) -> dict[str, list[str]]:
+    start = [sys.executable, "-c", SCRIPT]
+    return {n: [*start, str(folder / f"{n}.on"), str(seconds), str(c)] for n, c in codes.items()}
+
+
+def test_one_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+    todo = commands(tmp_path, 0.5, {"a": 3, "b": 0, "c": 0, "d": 1})
+    assert sorted(screen.run_apart(todo, 2, tmp_path, False)) == ["a", "d"]
+    beside = [(tmp_path / f"{n}.out").read_text() for n in "abcd"]
+    assert all(1 <= text.count(".on") <= 2 for text in beside), beside
+    assert "d: ended with 1" in capsys.readouterr().out
+
+
+def test_none_outlives_it(tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(screen.time, "sleep", stop)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        screen.run_apart(commands(tmp_path, 60, {"a": 0, "b": 0}), 2, tmp_path, False)
+    assert time.monotonic() - began < 30
+
+
+def test_gpus_in_turn(tmp_path, monkeypatch):
+    """Each place has its own of the GPUs, and knows whether it has it alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    said = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('%s'))"
+    todo = {n: [sys.executable, "-c", said % screen.SHARED] for n in "abc"}
+    for shared in (False, True):
+        assert screen.run_apart(todo, 3, tmp_path, shared) == []
+        found = [(tmp_path / f"{n}.out").read_text().split() for n in "abc"]
+        assert found == [[card, "1" if shared else "None"] for card in ("3", "5", "3")]
