@@ -3859,9 +3859,14 @@ def steps_of(cfg: Config, corpus: Corpus) -> list[Step]:
 
 
 def check_folders(run: RunConfig) -> None:
-    """InputError where there is nothing to go on from, or no place for a new run."""
+    """InputError where there is nothing to go on from, or no place for a new run. A resumed run
+    keeps its name, so no other may be given."""
     if run.resume:
-        find_checkpoint(run.resume)
+        folder = find_checkpoint(run.resume).parents[1]
+        own = run.run_id in ("", folder.name) or Path(run.out, run.run_id).resolve() == folder
+        if not own:
+            said = f"--resume goes on in {folder}, under that name: leave one of them out"
+            raise InputError(f"--run-id {run.run_id}: {said}")
     elif run.run_id:
         refuse_held(Path(run.out) / run.run_id)
     if not run.resume:
