@@ -430,7 +430,7 @@ def leave_out(cfg: Config, name: str, given: set[str]) -> Config:
     stays, and check_config refuses it."""
     m = cfg.model
     if name != "softmax" and "paired" not in given:
-        cfg = cfg.with_(paired=tuple(i for i in m.paired if i not in arm_layers(m)))
+        cfg = cfg.with_(paired=tuple(i for i in m.paired if not has_arm(m, i)))
     if name not in ("softmax", "selective", "diff_v2") and "qk_dim" not in given:
         cfg = cfg.with_(qk_dim=0)
     if name == "diff_v1" and "xsa" not in given:
@@ -476,6 +476,9 @@ def config_from_flat(flat: dict, source: str | Path = "the config") -> Config:
 
 LARGEST = 2**63 - 1  # of any number on the command line: an int64 holds it
 LEAST = {"lambda_bias": -LARGEST, "backout": -1}  # of the others: 0
+# Sizes that only a slip of the hand is above; of the others: LARGEST.
+MOST = {"n_layer": 1024, "d_model": 65_536, "n_head": 1024, "head_dim": 4096}
+MOST |= {"mlp": 2**20, "vocab": 2**20}
 
 Need = Callable[[bool, str], None]  # takes note of the sentence where it is not so
 
@@ -502,12 +505,13 @@ def check_config(cfg: Config, world_size: int = 1) -> list[str]:
 
 
 def check_numbers(cfg: Config, need: Need) -> None:
-    """Every number is finite, and none is below the least that it can mean."""
+    """Every number is finite, none is below the least that it can mean, and no size above MOST."""
     for name, (part, f) in FLAGS.items():
         value = getattr(getattr(cfg, part), name)
         if f.type in ("int", "float"):
-            least = LEAST.get(name, 0)
-            need(least <= value <= LARGEST, f"--{name} {value} must be >= {least} and finite")
+            least, most = LEAST.get(name, 0), MOST.get(name, LARGEST)
+            end = f"<= {most}" if name in MOST else "finite"
+            need(least <= value <= most, f"--{name} {value} must be >= {least} and {end}")
 
 
 def check_shape(m: ModelConfig, need: Need) -> None:
@@ -543,7 +547,7 @@ def check_blocks(m: ModelConfig, need: Need) -> None:
     need(skip, "--skip is from+to, from < to")
     paired, name = set(m.paired), parse_arm(m.arm)[0]
     need(not paired or m.n_head % 2 == 0, f"--paired needs an even --n_head, not {m.n_head}")
-    apart = name == "softmax" or not paired & set(arm_layers(m))
+    apart = name == "softmax" or not any(has_arm(m, i) for i in paired)
     need(apart, f"--paired is for layers with softmax attention, not for those of {name}")
     offset = m.key_offset and paired & set(m.long_layers)
     need(not offset, f"--paired {format_value(m.paired)}: no long layers under --key_offset")
@@ -1872,17 +1876,16 @@ def user_arm(name: str) -> type:
     return getattr(module, cls)
 
 
-def arm_layers(cfg: ModelConfig) -> list[int]:
-    """Blocks whose attention is the arm's."""
-    chosen = cfg.layers or range(cfg.n_layer)
-    return [i for i in chosen if i not in cfg.no_attention]
+def has_arm(cfg: ModelConfig, layer: int) -> bool:
+    """Whether a block's attention is the arm's."""
+    return layer in (cfg.layers or range(cfg.n_layer)) and layer not in cfg.no_attention
 
 
 def build_arm(cfg: ModelConfig, layer: int) -> nn.Module:
     name, _ = parse_arm(cfg.arm)
     if layer in cfg.paired:
         return Paired(cfg, layer)
-    if layer not in arm_layers(cfg):
+    if not has_arm(cfg, layer):
         return Softmax(cfg, layer)
     return (ARMS[name] if name in ARMS else user_arm(name))(cfg, layer)
 
@@ -1942,8 +1945,8 @@ def has_values(cfg: ModelConfig, layer: int) -> bool:
 
 
 def mlp_width(cfg: ModelConfig, layer: int) -> int:
-    wide = cfg.mlp and layer in (cfg.mlp_layers or arm_layers(cfg))
-    return cfg.mlp if wide else 4 * cfg.d_model
+    wide = layer in cfg.mlp_layers if cfg.mlp_layers else has_arm(cfg, layer)
+    return cfg.mlp if cfg.mlp and wide else 4 * cfg.d_model
 
 
 def padded(vocab: int) -> int:
@@ -3856,9 +3859,14 @@ def steps_of(cfg: Config, corpus: Corpus) -> list[Step]:
 
 
 def check_folders(run: RunConfig) -> None:
-    """InputError where there is nothing to go on from, or no place for a new run."""
+    """InputError where there is nothing to go on from, or no place for a new run. A resumed run
+    keeps its name, so no other may be given."""
     if run.resume:
-        find_checkpoint(run.resume)
+        folder = find_checkpoint(run.resume).parents[1]
+        own = run.run_id in ("", folder.name) or Path(run.out, run.run_id).resolve() == folder
+        if not own:
+            said = f"--resume goes on in {folder}, under that name: leave one of them out"
+            raise InputError(f"--run-id {run.run_id}: {said}")
     elif run.run_id:
         refuse_held(Path(run.out) / run.run_id)
     if not run.resume:

@@ -5,7 +5,8 @@ that shows where their heads look.
     ./run.sh demo [--minutes 5] [--arms softmax diff_v2] [--out DIR] [--data DIR]
 
 Both arms train the same tokens in the same order from the same seed. How many is found by timing
-ten steps of each; the slower one sets the number. Every figure is read from the runs' run.jsonl.
+ten steps of each; the slower one sets the number. Where there is time for fewer than 20, it is 20,
+and the demo says so. Every figure is read from the runs' run.jsonl.
 """
 
 from __future__ import annotations
@@ -98,16 +99,39 @@ def choose_threads(cfg: T.Config) -> None:
     torch.set_num_threads(min(step_s, key=step_s.get))
 
 
-def plan_tokens(cfg: T.Config, corpus: T.Corpus, speeds: list[Speed], seconds: float) -> int:
-    """Tokens that each arm trains, so that all arms with their validation take `seconds`."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Steps that each arm trains, those that there is time for, and those that the text has."""
+
+    steps: int
+    room: int
+    most: int
+    step: float  # seconds, the slower arm
+    looking: float  # seconds of an arm's validation
+
+    @property
+    def cut(self) -> str:
+        """A line for the user where there is no time for the fewest steps; "" where there is, or
+        where the text has no more."""
+        if self.room >= self.steps or self.steps == self.most:
+            return ""
+        return (
+            f"cut to the fewest steps, {self.steps} of the {self.most:,} that the text has: a step "
+            f"takes {1000 * self.step:.0f} ms and validation {self.looking:.0f} s an arm, which "
+            f"leaves time for {self.room}; take more --minutes or a less busy machine"
+        )
+
+
+def make_plan(cfg: T.Config, corpus: T.Corpus, speeds: list[Speed], seconds: float) -> Plan:
+    """So many steps that all arms with their validation take `seconds`, or the fewest."""
     dev = min(cfg.data.dev_tokens, corpus.tokens("dev"))
     val = min(cfg.data.val_tokens, corpus.tokens("val"))
     slow = Speed(max(s.step for s in speeds), max(s.token for s in speeds))
     looking = (cfg.run.looks * dev + val) * slow.token
-    steps = int((seconds / len(speeds) - looking) / slow.step)
-    batch = cfg.schedule.stages[0].tokens
-    most = corpus.tokens("train") * cfg.schedule.passes // batch
-    return max(min(steps, most), min(FEWEST_STEPS, most)) * batch
+    room = max(0, int((seconds / len(speeds) - looking) / slow.step))
+    most = corpus.tokens("train") * cfg.schedule.passes // cfg.schedule.stages[0].tokens
+    steps = max(min(room, most), min(FEWEST_STEPS, most))
+    return Plan(steps, room, most, slow.step, looking)
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -259,9 +283,10 @@ def text_of(folder: Path) -> str:
     return "".join(sample.write(model, meta, sample.tokenizer_of(meta), PROMPT, how))
 
 
-def show(results: list[Result], about: dict, folder: Path) -> None:
-    """Prints table, plot and texts, and keeps them in `folder`, with a page of the heads."""
-    out = [table(results, about), ""]
+def show(results: list[Result], about: dict, folder: Path, cut: str) -> None:
+    """Prints table, `Plan.cut`, plot and texts, and keeps them in `folder`, with a page of the
+    heads."""
+    out = [table(results, about), *([cut] if cut else []), ""]
     for r in results:
         said = "\n".join("    " + line for line in text_of(r.folder).splitlines())
         out += [f"{r.arm} goes on from {PROMPT!r}:", said, ""]
@@ -323,12 +348,15 @@ def demo(args: argparse.Namespace) -> Path:
     choose_threads(cfgs[0])
     speeds = [measure(cfg) for cfg in cfgs]
     seconds = end - time.monotonic() - LAST_SECONDS
-    tokens = plan_tokens(cfgs[0], corpus, speeds, seconds)
-    steps = tokens // cfgs[0].schedule.stages[0].tokens
+    plan = make_plan(cfgs[0], corpus, speeds, seconds)
+    tokens = plan.steps * cfgs[0].schedule.stages[0].tokens
     ms = ", ".join(f"{a} {1000 * s.step:.0f} ms" for a, s in zip(args.arms, speeds))
-    print(f"a step takes {ms} on {torch.get_num_threads()} thread(s): {steps} steps for each arm")
+    threads = torch.get_num_threads()
+    print(f"a step takes {ms} on {threads} thread(s): {plan.steps} steps for each arm")
+    if plan.cut:
+        print(plan.cut)
     results = [Result.read(train(cfg.with_(tokens=tokens))) for cfg in cfgs]
-    show(results, about, folder)
+    show(results, about, folder, plan.cut)
     return folder
 
 

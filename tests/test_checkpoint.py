@@ -305,6 +305,28 @@ def test_a_damaged_checkpoint_is_refused(whole, text_data, tmp_path, capsys, dam
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("inside", ["", "ckpt/step_00000004"])
+def test_another_name_is_refused(whole, text_data, tmp_path, capsys, inside):
+    """A resumed run keeps its folder: in one sentence with exit code 2, and nothing is written."""
+    run = copy_until(whole, tmp_path, 4)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    argv = argv_of(text_data, tmp_path, run_id="new")
+    assert T.main([*argv, "--resume", str(run / inside)]) == T.EXIT_CODES["input"] == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--run-id new: --resume goes on in" in err, err
+    assert str(run.resolve()) in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["", "whole", "link"])
+def test_its_own_name_is_none_other(whole, text_data, tmp_path, name):
+    """No name, the folder's, or that of a link to it, as a restarted worker has it."""
+    run = copy_until(whole, tmp_path, 12)
+    (tmp_path / "link").symlink_to(run)
+    cfg = config(text_data, tmp_path, run_id=name, resume=str(tmp_path / (name or "whole")))
+    T.check_folders(cfg.run)
+
+
 def test_other_settings_are_refused(whole, text_data, tmp_path, capsys):
     """All that differs is named; what may differ (how a step is cut, where, what the preset is
     called today) is not."""

@@ -88,6 +88,20 @@ def test_bad_values(argv, parts, capsys):
         assert part in message, message
 
 
+@pytest.mark.parametrize("preset", ["speedrun", "demo"])
+@pytest.mark.parametrize("name", T.MOST)
+def test_an_absurd_size_is_refused_at_once(name, preset):
+    """Also by what looks at every block: an arm that takes settings of the preset away, or gives
+    its own to some blocks."""
+    flag, most = f"--{name.replace('_', '-')}", T.MOST[name]
+    for value in (most + 1, T.LARGEST, 10**30):
+        for arm in ("softmax", "diff_v2", "diff_v1,paired=1"):
+            with pytest.raises(T.InputError) as said:
+                T.parse_args(["--preset", preset, "--arm", arm, flag, str(value)])
+            assert f"{flag} {value} must be >= 0 and <= {most}" in str(said.value)
+    assert not any(f"<= {most}" in p for p in T.check_config(T.make_config(preset, **{name: most})))
+
+
 def test_all_bad_values_at_once(capsys):
     bad = {
         "--looks": "99",

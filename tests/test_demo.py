@@ -55,8 +55,11 @@ def test_whole_path(text, tmp_path, capsys, monkeypatch):
     assert '"name":"softmax"' in (folder / "look.html").read_text("utf-8")
     assert '"name":"diff_v2"' in (folder / "look.html").read_text("utf-8")
     tokens = set()
-    said = (folder / "demo.txt").read_text()
-    assert said in capsys.readouterr().out
+    said, out = (folder / "demo.txt").read_text(), capsys.readouterr().out
+    assert said in out
+    (line,) = [x for x in said.splitlines() if x.startswith("cut to the fewest steps, 20 of ")]
+    before, training, after = out.partition("step:2/20 loss:")
+    assert training and line in before.splitlines() and line in after.splitlines()
     for arm in ("softmax", "diff_v2"):
         assert not H.chain_breaks(folder / arm)
         assert json.loads((folder / arm / "exit.json").read_text())["code"] == 0
@@ -79,6 +82,14 @@ def test_whole_path(text, tmp_path, capsys, monkeypatch):
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_demo_that_is_not_cut_does_not_say_so(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "measure", lambda cfg: demo.Speed(5.0, 0.0))
+    monkeypatch.setattr(demo, "FEWEST_STEPS", 1)
+    assert run_demo(text, tmp_path, "--arms", "softmax", "--minutes", "1") == 0
+    out = capsys.readouterr().out
+    assert "a step takes softmax 5000 ms" in out and "cut to" not in out
+
+
 @pytest.mark.long
 def test_other_shards_and_no_matplotlib(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -93,13 +104,21 @@ def test_plan(text):
     cfg = T.make_config("demo", looks=2, data=str(text))
     corpus, batch = T.Corpus.open(str(text)), cfg.schedule.stages[0].tokens
     fast, slow = demo.Speed(0.05, 0.0), demo.Speed(0.1, 0.0)
-    assert demo.plan_tokens(cfg, corpus, [fast, slow], 6.0) == 30 * batch
+    plan = demo.make_plan(cfg, corpus, [fast, slow], 6.0)
+    assert (plan.steps, plan.cut) == (30, "")
     # 2 looks at 5,000 tokens and 5,000 of val at 0.1 ms each: 1.5 s an arm
     slow = demo.Speed(0.1, 1e-4)
-    assert demo.plan_tokens(cfg, corpus, [fast, slow], 9.0) == 30 * batch
-    assert demo.plan_tokens(cfg, corpus, [slow], 0.0) == demo.FEWEST_STEPS * batch
-    passes = cfg.schedule.passes
-    assert demo.plan_tokens(cfg, corpus, [fast], 1e6) == 60_000 * passes // batch * batch
+    assert demo.make_plan(cfg, corpus, [fast, slow], 9.0).steps == 30
+    most = 60_000 * cfg.schedule.passes // batch
+    for seconds, room in ((0.0, 0), (2.25, 7), (3.45, 19)):
+        plan = demo.make_plan(cfg, corpus, [slow], seconds)
+        assert plan.steps == demo.FEWEST_STEPS
+        for part in (f"{plan.steps} of the {most} ", "100 ms", "2 s an arm", f"time for {room};"):
+            assert part in plan.cut
+    assert demo.make_plan(cfg, corpus, [slow], 3.55).cut == ""
+    assert demo.Plan(5, 0, most=5, step=0.1, looking=1.5).cut == "", "all of a short text"
+    plan = demo.make_plan(cfg, corpus, [fast], 1e6)
+    assert (plan.steps, plan.cut) == (most, "")
 
 
 def test_step_lines_come_in_tenths():

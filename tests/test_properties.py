@@ -83,8 +83,7 @@ def flags(draw, name: str) -> tuple[str, bool]:
     if kind == "tuple[int, ...]":
         return draw(st.lists(st.integers(-1, 14), max_size=4).map(T.format_value)), False
     value = draw({"int": INTS, "float": FLOATS}[kind])
-    low = value < T.LEAST.get(name, 0)
-    return str(value), low or (kind == "float" and not math.isfinite(value))
+    return str(value), not T.LEAST.get(name, 0) <= value <= T.MOST.get(name, T.LARGEST)
 
 
 VALUED = sorted(name for name, (_, f) in T.FLAGS.items() if f.type != "bool")
