@@ -1272,6 +1272,19 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
 
 
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The first k columns of x [..., d] by weight [n, k], a row for each of a few heads: [..., n].
+
+    Zeros fill the rows up to eight and the columns, of which x has more anyway: for rows of three
+    or six numbers, aligned to nothing, cuBLAS has but slow kernels (LAB_LOG, 2026-11-29).
+    """
+    (n, k), dtype = weight.shape, x.dtype
+    more, wide = -n % 8, min(x.size(-1), k + -k % 8)
+    weight = F.pad(weight.to(dtype), (0, wide - k, 0, more))
+    bias = None if bias is None else F.pad(bias.to(dtype), (0, more))
+    return F.linear(x[..., :wide], weight, bias)[..., :n]
+
+
 def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype)
 
@@ -1799,8 +1812,7 @@ class DiffV2(Arm):
 
     def weight(self, x: Tensor) -> Tensor:
         """sigmoid(lambda): x [B, T, d] -> [B, T, pairs, 1]."""
-        lam = F.linear(x, self.lam.to(x.dtype), self.lam_bias.to(x.dtype))
-        return torch.sigmoid(lam)[..., None]
+        return torch.sigmoid(gate_logits(x, self.lam, self.lam_bias))[..., None]
 
     def flops_per_token(self, mean_keys: float) -> float:
         widths = self.heads * self.dim + self.n_out
@@ -1910,7 +1922,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
         if self.value_gate is not None:  # record 55; starts as a no-op
-            open_ = 2 * torch.sigmoid(F.linear(x[..., :12], self.value_gate.to(x.dtype)))
+            open_ = 2 * torch.sigmoid(gate_logits(x, self.value_gate))
             ve = (ve.unflatten(-1, (open_.size(-1), -1)) * open_[..., None]).flatten(2)
         y, v = self.arm(x, ve, ctx)
         y = y.unflatten(-1, (self.arm.heads, -1))
@@ -1920,8 +1932,7 @@ class Attention(nn.Module):
             along = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
             y = y - torch.tanh(self.xsa.to(y.dtype))[:, None] * along * v
         if self.gate is not None:
-            gate = F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))
-            y = y * torch.sigmoid(gate)[..., None]
+            y = y * torch.sigmoid(gate_logits(x, self.gate))[..., None]
         return self.o(y.flatten(2))
 
 
