@@ -1323,23 +1323,38 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 class NormKeep(torch.autograd.Function):
-    """`norm` of x, and x as h x RMS: the residual stream is then kept as h alone, which a product
-    keeps for its weights' gradient anyway, and neither way needs x in memory. h is as fine as x."""
+    """`norm` of y, and y as h x RMS: the residual stream is then kept as h alone, which a product
+    keeps for its weights' gradient anyway, and neither way needs y in memory. h is as fine as y.
+
+    y is x; given scales [1 + n] and n others, it is scales[0] x + scales[1] others[0] + ... The way
+    back finds the gradient of scales[0] without x: grad . x is grad . (y - the others' part) by it,
+    which is not to come nearer to 0 than 0.001.
+    """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, scales=None, *others):
+        # No cast by name before the sum: the partitioner would keep what it makes, in fp32.
+        for i, other in enumerate((x, *others) if scales is not None else ()):
+            x = scales[i] * other + (x if i else 0)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         root = inverse_rms(x32)
         h = (x32 * root).to(x.dtype)
-        ctx.save_for_backward(h, root)
+        ctx.save_for_backward(h, root, scales, *others)
         return h, (h / root).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad, rest):
-        h, root = ctx.saved_tensors
-        h, g = h.to(root.dtype), grad.to(root.dtype)
-        g = root * (g - (g * h).mean(-1, keepdim=True) * h)
-        return (rest + g).to(grad.dtype)
+        h, root, scales, *others = ctx.saved_tensors
+        wide, h, g = root.dtype, h.to(root.dtype), grad.to(root.dtype)
+        g = (rest + root * (g - (g * h).mean(-1, keepdim=True) * h)).to(grad.dtype)
+        if scales is None:
+            return g, None
+        shares = [(g * other).sum(dtype=wide) for other in others]
+        first, *more = scales.to(wide)
+        apart = (g * (h / root)).sum() - sum(a * b for a, b in zip(more, shares, strict=True))
+        first = first.abs().clamp(min=1e-3) * torch.where(first < 0, -1.0, 1.0)
+        dscales = torch.stack([apart / first, *shares]).to(scales.dtype)
+        return scales[0] * g, dscales, *(scale * g for scale in scales[1:])
 
 
 def rope_table(length: int, dim: int, half: bool) -> Tensor:
@@ -1902,6 +1917,42 @@ def build_arm(cfg: ModelConfig, layer: int) -> nn.Module:
     return (ARMS[name] if name in ARMS else user_arm(name))(cfg, layer)
 
 
+class Excluded(torch.autograd.Function):
+    """XSA (2603.09078), then the gate: s (y - tanh(xsa) c v), c = y.v / v.v, s = sigmoid(logits) or
+    1. y and v [B, T, H, D], xsa [H], logits [B, T, H] or None.
+
+    The way back takes y and v, which attention keeps anyway, and not, as PyTorch's would, y without
+    v's part: a write on one way and a read on the other. The way forward has no cast by name: the
+    partitioner would keep what it makes, for both ways, in fp32."""
+
+    @staticmethod
+    def forward(ctx, y, v, xsa, logits):
+        ctx.save_for_backward(y, v, xsa, logits)
+        c = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
+        z = y - torch.tanh(xsa.to(y.dtype))[:, None] * c * v
+        return z if logits is None else z * torch.sigmoid(logits)[..., None]
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, v, xsa, logits = ctx.saved_tensors
+        wide = torch.promote_types(y.dtype, torch.float32)
+        a, b, g, t = y.to(wide), v.to(wide), grad.to(wide), torch.tanh(xsa.to(wide))[:, None]
+
+        def dot(one: Tensor, other: Tensor) -> Tensor:
+            return (one * other).sum(-1, keepdim=True)
+
+        square, along = dot(b, b) + 1e-6, dot(g, b)
+        c, dlogits = dot(a, b) / square, None
+        if logits is not None:
+            s = torch.sigmoid(logits.to(wide))[..., None]
+            dlogits = ((dot(g, a) - t * c * along) * s * (1 - s))[..., 0].to(logits.dtype)
+            g, along = g * s, along * s
+        dxsa = -(1 - t * t)[:, 0] * (c * along).flatten(0, 1).sum(0)[:, 0]
+        dy = g - t * (along / square) * b
+        dv = -t * (c * g + along / square * (a - 2 * c * b))
+        return dy.to(y.dtype), dv.to(v.dtype), dxsa.to(xsa.dtype), dlogits
+
+
 class Attention(nn.Module):
     """An arm with what all arms share: XSA, the gates and the output projection."""
 
@@ -1926,13 +1977,13 @@ class Attention(nn.Module):
             ve = (ve.unflatten(-1, (open_.size(-1), -1)) * open_[..., None]).flatten(2)
         y, v = self.arm(x, ve, ctx)
         y = y.unflatten(-1, (self.arm.heads, -1))
-        if self.xsa is not None:  # 2603.09078; starts as a no-op (record 82)
+        logits = None if self.gate is None else gate_logits(x, self.gate)
+        if self.xsa is not None:  # starts as a no-op (record 82)
             if y.size(2) != v.size(2):  # else it copies v
                 v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
-            along = (y * v).sum(-1, keepdim=True) / ((v * v).sum(-1, keepdim=True) + 1e-6)
-            y = y - torch.tanh(self.xsa.to(y.dtype))[:, None] * along * v
-        if self.gate is not None:
-            y = y * torch.sigmoid(gate_logits(x, self.gate))[..., None]
+            y = Excluded.apply(y, v, self.xsa, logits)
+        elif logits is not None:
+            y = y * torch.sigmoid(logits)[..., None]
         return self.o(y.flatten(2))
 
 
@@ -2181,11 +2232,10 @@ class Block(nn.Module):
         self.attn = None if layer in cfg.no_attention else Attention(cfg, layer)
         self.mlp = MLP(cfg, layer)
 
-    def forward(self, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor, ve: Tensor | None, ctx: Context) -> Tensor:
+        """h: `norm` of x, both as `NormKeep` has them."""
         if self.attn is not None:
-            h, x = NormKeep.apply(x)
-            x = x + self.attn(h, ve, ctx)
-        h, x = NormKeep.apply(x)
+            h, x = NormKeep.apply(x + self.attn(h, ve, ctx))
         return x + self.mlp(h)
 
 
@@ -2290,14 +2340,17 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
-            if cfg.x0:
-                x = resid[i, 0] * x + resid[i, 1] * x0
+            scales, others = [resid[i] if cfg.x0 else resid.new_ones(1)], [x0] if cfg.x0 else []
+            if i == 0 and cfg.x0:  # x is x0
+                scales, others = [resid[0].sum(0, keepdim=True)], []
             if self.ngram is not None:
-                x = x + self.ngram.scale[i].to(x.dtype) * pairs
+                scales.append(self.ngram.scale[i : i + 1].to(x.dtype))
+                others.append(pairs)
+            h, x = NormKeep.apply(x, torch.cat(scales), *others)
             slot, ve = value_slot(cfg, i), None
             if slot is not None:
                 ve = tables[slot][..., : block.attn.arm.kv_width]
-            x = block(x, ve, contexts[i])
+            x = block(h, x, ve, contexts[i])
             if i in (*cfg.skip[:1], cfg.backout):
                 saved[i] = x
         if cfg.backout >= 0:
@@ -3770,10 +3823,19 @@ def set_environment() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HERE / ".cache" / "inductor"))
 
 
-def configure_compiler() -> None:
-    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error."""
+def configure_compiler(device: torch.device) -> None:
+    """A silent fall-back to unfused attention, or a new graph inside the clock, is an error.
+
+    On a GPU Inductor may compute longer sums of products at their reader before it puts one in
+    memory, and does so sooner where few reads are saved: a model's pass of speedrun then moves 57.1
+    GB through pointwise kernels for 59.3 (counted, torch 2.11: LAB_LOG, 2026-11-29)."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if device.type == "cuda":
+        inductor = torch._inductor.config
+        inductor.realize_acc_reads_threshold = 64  # reads of one kernel
+        inductor.realize_opcount_threshold = 300  # its operations
+        inductor.realize_reads_threshold = 3  # reads of what has several readers
 
 
 def be_deterministic() -> None:
@@ -4025,7 +4087,7 @@ class LanguageModel:
         fp8, fused = "fp8" in runs, "loss_kernel" in runs
         head = Head(model.head, model.softcap, dtype, fp8, run.compile, fused, cfg.model.tie)
         if run.compile:
-            configure_compiler()
+            configure_compiler(model.head.device)
         made = cls(model, head, run.compile, "fa4" in runs)
         made.look_back(COPY_BAND)
         return made

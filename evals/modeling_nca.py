@@ -583,7 +583,7 @@ class NCAModel(NCAPreTrainedModel):
                 x = x + torch.sigmoid(self.residual_mix[0]).to(x.dtype) * states[config.skip[0] + 1]
             if config.x0:
                 a, b = self.residual[i].to(x.dtype)
-                x = a * x + b * x0
+                x = a * x + b * x0 if i else (a + b) * x
             if self.ngram is not None:
                 x = x + self.ngram.scale[i].to(x.dtype) * pairs
             x = block(x, tables, rotary, rows, config.windows, cache)

@@ -456,7 +456,7 @@ def first_line(error: Exception) -> str:
 def serve(pipe, settings: dict) -> None:
     """Measures what it is sent, (number of the case, length), until the pipe closes. Answers with
     the row; before that with None, and waits for an answer, when it must be alone."""
-    T.configure_compiler()
+    T.configure_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def alone() -> None:
         if settings["device"] == "cuda":

@@ -243,7 +243,7 @@ def main() -> None:
     if not torch.cuda.is_available() or not T.hopper(DEVICE):
         sys.exit("no GPU here that runs these kernels (compute capability 9.0, Triton)")
     torch.manual_seed(0)
-    T.configure_compiler()
+    T.configure_compiler(torch.device("cuda"))
     began = time.perf_counter()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {T.triton.__version__}"

@@ -104,7 +104,7 @@ def main() -> None:
     p.add_argument("--out", default="", help="write the rows here as JSON")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    T.configure_compiler()
+    T.configure_compiler(torch.device("cuda"))
     rows = []
     for arm in args.arms:
         torch._dynamo.reset()

@@ -603,3 +603,31 @@ def test_norm_that_is_kept_has_its_gradient():
     assert torch.autograd.gradcheck(T.NormKeep.apply, x)
     torch.testing.assert_close(same, x)
     torch.testing.assert_close(h, T.norm(x))
+
+
+def test_sum_whose_norm_is_kept_has_its_gradient():
+    gen = torch.Generator().manual_seed(0)
+    x, one, other = (torch.randn(2, 5, 16, dtype=torch.double, generator=gen) for _ in range(3))
+    scales = torch.tensor([-1.1, 0.3, 0.0], dtype=torch.double)
+    leaves = [t.requires_grad_() for t in (x, scales, one, other)]
+    h, same = T.NormKeep.apply(*leaves)
+    assert torch.autograd.gradcheck(T.NormKeep.apply, leaves)
+    assert torch.autograd.gradcheck(T.NormKeep.apply, (x, scales[:1]))
+    torch.testing.assert_close(same, -1.1 * x + 0.3 * one)
+    torch.testing.assert_close(h, T.norm(same))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_exclusion_has_its_gradient(gated):
+    """And takes out of y what is along v."""
+    gen = torch.Generator().manual_seed(0)
+    y, v = (torch.randn(2, 5, 3, 8, dtype=torch.double, generator=gen) for _ in range(2))
+    leaves = [y, v, torch.tensor([0.0, 0.4, 30.0], dtype=torch.double)]
+    leaves += [torch.randn(2, 5, 3, dtype=torch.double, generator=gen)] if gated else []
+    rest = () if gated else (None,)
+    out = T.Excluded.apply(*leaves, *rest)
+    s = torch.sigmoid(leaves[3])[..., None] if gated else 1.0
+    torch.testing.assert_close(out[:, :, :1], (s * y)[:, :, :1])
+    assert float((out * v).sum(-1)[..., 2].abs().max()) < 1e-5, "all of it, where tanh is 1"
+    leaves = [t.requires_grad_() for t in leaves]
+    assert torch.autograd.gradcheck(lambda *t: T.Excluded.apply(*t, *rest), leaves)

@@ -162,7 +162,7 @@ def test_given_is_the_whole_arm(spec):
     lam = None
     if spec.startswith("diff_v2"):
         arm.lam.data.normal_(generator=torch.Generator().manual_seed(3))
-        lam = torch.nn.functional.linear(x, arm.lam, arm.lam_bias)
+        lam = T.gate_logits(x, arm.lam, arm.lam_bias)
     docs, window = B.bounds(B.Case("flex", spec), LENGTH, SETTINGS)
     ctx = T.Context(T.dense_mask(docs, window), {}, B.scale)
     want, _ = arm(x, None, ctx)

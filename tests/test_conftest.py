@@ -37,7 +37,7 @@ def test_settings_come_back(first, monkeypatch):
             patch.delitem(sys.modules, CONFIG)
         with conftest.compiler_as_before():
             sys.modules[CONFIG] = config
-            H.T.configure_compiler()
+            H.T.configure_compiler(torch.device("cpu"))
             config.error_on_recompile = True
             assert settings() != before
     assert settings() == (before if first else before | {"recompile_limit": 13})

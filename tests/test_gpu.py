@@ -39,7 +39,7 @@ def exact_references():
     """fp32 products in fp32, not TF32; the compiler as in a run."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    T.configure_compiler()
+    T.configure_compiler(torch.device("cuda"))
     yield
     torch.set_float32_matmul_precision(before)
 

@@ -215,7 +215,7 @@ def test_smear():
 def test_smear_comes_before_the_norm():
     model, (tokens, docs) = build(smear=True), rows_of_text()
     seen = []
-    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     model(tokens, docs, window())
     x0 = T.norm(model.smear(model.embed[tokens.long()], T.starts_of(docs)))
     torch.testing.assert_close(seen[0], model.resid[0].sum() * x0)
