@@ -1322,25 +1322,34 @@ def inverse_rms(x: Tensor) -> Tensor:
     return (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
 
 
+def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in dtype, for what an autograd.Function gives: where `to` gives t itself, the Function,
+    compiled by torch 2.11, has no gradient by it."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 class NormKeep(torch.autograd.Function):
     """`norm` of y, and y as h x RMS: the residual stream is then kept as h alone, which a product
     keeps for its weights' gradient anyway, and neither way needs y in memory. h is as fine as y.
 
-    y is x; given scales [1 + n] and n others, it is scales[0] x + scales[1] others[0] + ... The way
-    back finds the gradient of scales[0] without x: grad . x is grad . (y - the others' part) by it,
-    which is not to come nearer to 0 than 0.001.
+    y is x; given scales [1 + n], n up to two, it is scales[0] x + scales[1] one + scales[2] two.
+    The way back finds the gradient of scales[0] without x: grad . x is grad . (y - the others'
+    part) by scales[0], so where that is nearer to 0 than 0.001 it is too small, and at 0 none.
     """
 
     @staticmethod
-    def forward(ctx, x, scales=None, *others):
-        # No cast by name before the sum: the partitioner would keep what it makes, in fp32.
+    def forward(ctx, x, scales=None, one=None, two=None):
+        # By name, not *others: with as many of them as there are names Dynamo, where nothing needs
+        # a gradient, takes ctx for one. No cast by name before the sum: the partitioner would keep
+        # what it makes, in fp32.
+        others = [other for other in (one, two) if other is not None]
         for i, other in enumerate((x, *others) if scales is not None else ()):
             x = scales[i] * other + (x if i else 0)
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         root = inverse_rms(x32)
-        h = (x32 * root).to(x.dtype)
+        h = narrowed(x32 * root, x.dtype)
         ctx.save_for_backward(h, root, scales, *others)
-        return h, (h / root).to(x.dtype)
+        return h, narrowed(h / root, x.dtype)
 
     @staticmethod
     def backward(ctx, grad, rest):
@@ -1348,13 +1357,14 @@ class NormKeep(torch.autograd.Function):
         wide, h, g = root.dtype, h.to(root.dtype), grad.to(root.dtype)
         g = (rest + root * (g - (g * h).mean(-1, keepdim=True) * h)).to(grad.dtype)
         if scales is None:
-            return g, None
+            return g, None, None, None
         shares = [(g * other).sum(dtype=wide) for other in others]
         first, *more = scales.to(wide)
         apart = (g * (h / root)).sum() - sum(a * b for a, b in zip(more, shares, strict=True))
         first = first.abs().clamp(min=1e-3) * torch.where(first < 0, -1.0, 1.0)
         dscales = torch.stack([apart / first, *shares]).to(scales.dtype)
-        return scales[0] * g, dscales, *(scale * g for scale in scales[1:])
+        dothers = [scale * g for scale in scales[1:]]
+        return scales[0] * g, dscales, *dothers, *[None] * (2 - len(others))
 
 
 def rope_table(length: int, dim: int, half: bool) -> Tensor:
@@ -1413,7 +1423,7 @@ class NormTurn(torch.autograd.Function):
     def forward(ctx, x, cos, sin, dtype):
         root = inverse_rms(x)
         # Flat before the last product: FlexAttention wants what it reads as an operation made it.
-        y = (turn(x, cos, sin).flatten(1, -3) * root.flatten(1, -3)).to(dtype)
+        y = narrowed(turn(x, cos, sin).flatten(1, -3) * root.flatten(1, -3), dtype)
         ctx.save_for_backward(y, root, cos, sin)
         return y
 
@@ -1891,12 +1901,15 @@ def user_arm(name: str) -> type:
     path, _, cls = name.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"arm {name!r}: there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_{digest}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # the arm's `import train_gpt`
+    sys.modules[spec.name] = module  # Dynamo looks it up there
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as e:
+        del sys.modules[spec.name]
         raise InputError(f"arm {name!r}: {path} cannot be imported: {e}") from None
     if not inspect.isclass(getattr(module, cls, None)):
         raise InputError(f"arm {name!r}: {path} has no class {cls!r}")

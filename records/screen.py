@@ -43,6 +43,7 @@ from records.folder import PLACE, finished, set_aside
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
 RATES = {f.name for f in dataclasses.fields(T.OptimConfig) if f.name.endswith("_lr")}
 STEPS = {"momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "adam_every"}
+ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 SHARED = "RECORDS_SCREEN_SHARED"  # in the environment, "1": others compute on the same GPU
 FREE = SCHEDULE | RATES | STEPS | {"tail", "tail_every", "tail_blend"}  # need no graph of their own
 KERNELS = {"attention", "fp8", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs"}
@@ -95,14 +96,16 @@ def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Of the finished runs below it, in their order: name, seed, dev_loss, train_s (None where
-    others computed on the same GPU)."""
+    """Of a screen's finished runs below it, in their order: name, seed, dev_loss, train_s (None
+    where others computed on the same GPU)."""
     found = filter(None, map(finished, sorted({p.parent for p in logs.logs_in(folder)})))
     return [
         {"name": run.labels["variant"], "seed": run.header["seed"]}
         | {"dev_loss": run.final("dev_loss")}
         | {"train_s": None if run.labels.get("shared") else run.end["train_s"]}
-        for run in sorted(found, key=lambda run: run.labels["order"])
+        for run in sorted(
+            (run for run in found if "variant" in run.labels), key=lambda run: run.labels["order"]
+        )
     ]
 
 
@@ -121,8 +124,8 @@ class Screen:
 
     def __init__(self, configs: dict[str, T.Config], folder: Path, shared: bool = False):
         self.folder, self.configs, self.shared = folder, configs, shared
-        first, *_ = all_ = list(configs.values())
-        self.trainer = T.Trainer(first.with_(stages=all_stages(all_)))
+        each = list(configs.values())
+        self.trainer = T.Trainer(each[0].with_(stages=all_stages(each)))
         if self.trainer.world.size > 1:
             raise T.InputError("one GPU a screen: start one on each, with CUDA_VISIBLE_DEVICES")
         vocab = self.trainer.cfg.model.vocab
@@ -188,6 +191,8 @@ def table(rows: list[dict], names: list[str]) -> str:
         limits = f"{gain.low:+.4f} to {gain.high:+.4f}" if apart and gain.low is not None else ""
         cells = f"{len(mine):4d}  {loss:8.4f}  {apart:>10}  {limits:18}  {seconds:>7}"
         lines.append(f"{name:{wide}}  {cells}".rstrip())
+    if not first:
+        lines.append(f"{names[0]} has no run, so there is nothing to measure the others against")
     return "\n".join(lines)
 
 
@@ -206,7 +211,7 @@ def run_apart(
     commands: dict[str, list[str]], at_a_time: int, folder: Path, shared: bool
 ) -> list[str]:
     """Runs each command, at_a_time of them at once, with what it says in FOLDER/NAME.out; names of
-    those that failed. None outlives this process."""
+    those that failed. None outlives this process, unless that one is killed outright."""
     cards = gpus_here()
     waiting, failed = list(commands), []
     running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, from 0
@@ -220,7 +225,7 @@ def run_apart(
                         env["CUDA_VISIBLE_DEVICES"] = cards[place % len(cards)]
                     if shared:
                         env[SHARED] = "1"
-                    with (folder / f"{name}.out").open("w") as out:
+                    with (folder / f"{name}.out").open("a") as out:
                         how = {"stdout": out, "stderr": subprocess.STDOUT, "env": env}
                         running[place] = name, subprocess.Popen(commands[name], **how)
             time.sleep(0.2)
@@ -230,11 +235,23 @@ def run_apart(
                     print(f"{name}: ended with {process.returncode}", flush=True)
                     failed += [name] if process.returncode else []
     finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
+        stop([process for _, process in running.values()])
     return failed
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Ends them, and is not to be interrupted in it: who does not end in a minute is killed."""
+    before = {sig: signal.signal(sig, signal.SIG_IGN) for sig in ENDS} if processes else {}
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
 
 
 def interrupted(*_) -> None:
@@ -250,12 +267,13 @@ def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str
         group[0]: [*start, *(texts[name] for name in group), *seeds, "--out", str(args.out), *rest]
         for group in groups
     }
-    before = signal.signal(signal.SIGTERM, interrupted)
+    before = {sig: signal.signal(sig, interrupted) for sig in ENDS}
     try:
-        shared = args.at_a_time > max(1, len(gpus_here()))
+        shared = min(args.at_a_time, len(groups)) > max(1, len(gpus_here()))
         failed = run_apart(commands, args.at_a_time, args.out, shared)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
     for name in failed:
         print(f"screen: {name} failed: see {args.out / name}.out", file=sys.stderr)
     return failed
@@ -263,7 +281,10 @@ def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="screen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="screen",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("variants", nargs="+", metavar="NAME[:key=value,...]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="[0]")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import helpers as H
 import pytest
@@ -605,16 +606,60 @@ def test_norm_that_is_kept_has_its_gradient():
     torch.testing.assert_close(h, T.norm(x))
 
 
-def test_sum_whose_norm_is_kept_has_its_gradient():
+@pytest.mark.parametrize("scale", [-1.1, 1.1, 0.01, -0.01])
+def test_sum_whose_norm_is_kept_has_its_gradient(scale):
     gen = torch.Generator().manual_seed(0)
     x, one, other = (torch.randn(2, 5, 16, dtype=torch.double, generator=gen) for _ in range(3))
-    scales = torch.tensor([-1.1, 0.3, 0.0], dtype=torch.double)
+    scales = torch.tensor([scale, 0.3, 0.0], dtype=torch.double)
     leaves = [t.requires_grad_() for t in (x, scales, one, other)]
     h, same = T.NormKeep.apply(*leaves)
     assert torch.autograd.gradcheck(T.NormKeep.apply, leaves)
+    assert torch.autograd.gradcheck(T.NormKeep.apply, (x, scales[:2], one))
     assert torch.autograd.gradcheck(T.NormKeep.apply, (x, scales[:1]))
-    torch.testing.assert_close(same, -1.1 * x + 0.3 * one)
+    torch.testing.assert_close(same, scale * x + 0.3 * one)
     torch.testing.assert_close(h, T.norm(same))
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "softmax",
+        "softmax,ngram=64,xsa=true,smear=true",
+        "softmax,ngram=64,x0=false",
+        f"{Path(__file__).parent / 'arms/temperature.py'}:Temperature",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_is_the_model(arm, dtype):
+    """With gradients and, as in validation, without: Dynamo takes these apart in two ways."""
+    torch._dynamo.reset()
+    small = {"n_layer": 4, "d_model": 32, "n_head": 2, "head_dim": 16, "long_layers": (0,)}
+    small |= {"skip": (), "backout": 1, "value_tables": 1, "vocab": 64, "no_attention": (2,)}
+    model = T.GPT(T.make_config(arm=arm, **small).model, 64, dtype)
+    T.init_parameters(model, 0)
+    changed = list(model.parameters())
+    if model.ngram is not None:
+        model.ngram.make()
+        changed.append(model.ngram.table)
+    with torch.no_grad():
+        for i, p in enumerate(changed):  # zero projections would hide attention
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    run = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    gen = torch.Generator().manual_seed(1)
+    tokens = torch.randint(64, (2, 64), generator=gen).int()
+    docs = (torch.rand(2, 64, generator=gen) < 0.05).cumsum(1).int()
+    window = torch.tensor([40, 20], dtype=torch.int32)
+    found = []
+    for function in (model, run):
+        h = function(tokens, docs, window)
+        params = [block.mlp.up.weight for block in model.blocks] + [model.embed, model.mix]
+        params += [model.resid] if model.cfg.x0 else [model.ngram.scale]
+        grads = torch.autograd.grad(h.float().square().sum() + h.float().sum(), params)
+        with torch.no_grad():
+            found.append([h.detach(), function(tokens, docs, window), *grads])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=2e-2, atol=2e-4 if h.itemsize > 2 else 0.5)
+    assert all(float(g.abs().max()) > 0 for g in found[0][2:])
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
-import time
+import types
 
 import helpers as H
 import pytest
@@ -171,15 +173,41 @@ def test_one_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     assert "d: ended with 1" in capsys.readouterr().out
 
 
-def test_none_outlives_it(tmp_path, monkeypatch):
-    def stop(_):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_none_outlives_it(tmp_path, monkeypatch, deaf):
+    """Nor one that a signal does not end."""
+    started, waits = [], []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+        def terminate(self):
+            waits.append(self)
+            if not deaf:
+                super().terminate()
+
+        def wait(self, timeout=None):
+            return super().wait(timeout and 1.0)
+
+    def end(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(screen.time, "sleep", stop)
-    began = time.monotonic()
+    monkeypatch.setattr(screen.subprocess, "Popen", Noted)
+    monkeypatch.setattr(screen, "time", types.SimpleNamespace(sleep=end))
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         screen.run_apart(commands(tmp_path, 60, {"a": 0, "b": 0}), 2, tmp_path, False)
-    assert time.monotonic() - began < 30
+    code = -signal.SIGKILL if deaf else -signal.SIGTERM
+    assert [p.returncode for p in started] == [code, code] and waits == started
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_runs_that_are_no_screens_are_passed_over(screened, text_data, tmp_path):
+    T.train(H.tiny(text_data, tmp_path, run_id="alone", final_val=False))
+    assert screen.rows_of(tmp_path) == []
+    assert screen.table([], ["base"]).endswith("nothing to measure the others against")
 
 
 def test_gpus_in_turn(tmp_path, monkeypatch):
@@ -189,5 +217,5 @@ def test_gpus_in_turn(tmp_path, monkeypatch):
     todo = {n: [sys.executable, "-c", said % screen.SHARED] for n in "abc"}
     for shared in (False, True):
         assert screen.run_apart(todo, 3, tmp_path, shared) == []
-        found = [(tmp_path / f"{n}.out").read_text().split() for n in "abc"]
+        found = [(tmp_path / f"{n}.out").read_text().split()[-2:] for n in "abc"]
         assert found == [[card, "1" if shared else "None"] for card in ("3", "5", "3")]
