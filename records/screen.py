@@ -4,13 +4,14 @@
         --preset speedrun --data DIR --tokens 98304000 --seeds 0 1
     python -m records.screen base xsa:xsa=false smear:smear=false --at-a-time 2 --preset ...
 
-A variant is NAME, or NAME:key=value,... The first one is what the others are measured against.
-Variants of one graph share a process and its compilation, and the order turns from seed to seed:
-they differ in the schedule (steps of other sizes, windows and classes of the loss, too: all are
-compiled before the first clock), learning rates, momentum, adam_every, the tail. Another setting of
-the model, the optimizer or the kernels has a process of its own. --at-a-time of them run at once:
-one compiles while another trains, which is what makes an ablation short. Each takes a run's memory;
-with several GPUs they take turns on them. On a shared GPU times mean nothing, and are left out.
+Variants come first, before any flag: NAME, or NAME:key=value,... The first one is what the others
+are measured against. Variants of one graph share a process and its compilation, and the order turns
+from seed to seed: they differ in the schedule (steps of other sizes, windows and classes of the
+loss, too: all are compiled before the first clock), learning rates, momentum, adam_every, the tail.
+Another setting of the model, the optimizer or the kernels has a process of its own. --at-a-time of
+them run at once: one compiles while another trains, which is what makes an ablation short. Each
+takes a run's memory; with several GPUs they take turns on them. On a shared GPU times mean nothing,
+and are left out.
 
 Judged on dev_loss; val stays closed. FOLDER/NAME_sSEED are the runs, FOLDER/NAME.out is what a
 process said. The same line goes on after a stop: a finished run is not made again, one that was cut
@@ -37,7 +38,7 @@ if not __package__:  # run as a file: its own folder is on the path, not the one
 import torch
 
 import train_gpt as T
-from records import logs, stats
+from records import logs, stats, worker
 from records.folder import PLACE, finished, set_aside
 
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
@@ -118,6 +119,20 @@ def configure(base: T.Config, variants: dict[str, dict]) -> dict[str, T.Config]:
     return configs
 
 
+def refuse_others(folder: Path, configs: dict[str, T.Config]) -> None:
+    """InputError where the folder has finished runs of these names with other settings."""
+    others = set()
+    for run in filter(None, map(finished, {p.parent for p in logs.logs_in(folder)})):
+        name = run.labels.get("variant")
+        if name in configs:
+            mine, ran = configs[name].flat(), run.header["config"]
+            free = PLACE - {"tokens"} | (set() if mine["vocab"] else {"vocab"})  # the data has it
+            others |= {name for key in mine.keys() - free if ran.get(key) != mine[key]}
+    if others:
+        names = ", ".join(sorted(others))
+        raise T.InputError(f"{folder} has {names} with other settings: use --out")
+
+
 class Screen:
     """A warm Trainer of variants that share a graph, and the runs so far. shared: others compute on
     the same GPU."""
@@ -143,16 +158,6 @@ class Screen:
             rate = groups["ngram"].lr
             optimizer.rows.group = dataclasses.replace(optimizer.rows.group, lr=rate)
 
-    def is_done(self, name: str, path: Path) -> bool:
-        """Whether this run is there. InputError where it had other settings."""
-        run = finished(path)
-        if run is None:
-            return False
-        mine, ran = self.configs[name].flat(), run.header["config"]
-        if any(ran.get(k) != mine[k] for k in mine.keys() - PLACE | {"tokens"}):
-            raise T.InputError(f"{self.folder} has {name} with other settings: use --out")
-        return True
-
     def sit(self, seeds: list[int]) -> None:
         """Every run that is missing."""
         names = list(self.configs)
@@ -160,7 +165,7 @@ class Screen:
             at = turn % len(names)
             for place, name in enumerate(names[at:] + names[:at]):
                 path = self.folder / f"{name}_s{seed}"
-                if self.is_done(name, path):
+                if finished(path) is not None:
                     continue
                 if path.exists():
                     set_aside(self.folder, [path], "it")
@@ -169,6 +174,7 @@ class Screen:
                 self.trainer.labels |= {"shared": True} if self.shared else {}
                 self.trainer.reset(seed, self.trainer.cfg.data.data_seed, run_id=path.name)
                 self.trainer.run()
+                T.write_exit(self.trainer.folder, T.EXIT_CODES["done"], "done")
                 print(table(rows_of(self.folder), names), flush=True)
 
 
@@ -215,6 +221,7 @@ def run_apart(
     cards = gpus_here()
     waiting, failed = list(commands), []
     running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, from 0
+    print(f"{len(commands)} processes, {at_a_time} at a time; see {folder}/*.out", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
@@ -282,6 +289,8 @@ def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="screen",
+        usage="%(prog)s NAME[:key=value,...] ... [--seeds N ...] [--out FOLDER] [--at-a-time N] "
+        "[train_gpt.py's flags]",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -293,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         "--at-a-time", type=int, default=1, metavar="N", help="processes that run at once [1]"
     )
     args, rest = parser.parse_known_args(argv)
+    screen = None
     try:
         variants = dict(map(parse_variant, args.variants))
         if len(variants) < len(args.variants):
@@ -301,9 +311,11 @@ def main(argv: list[str] | None = None) -> int:
             raise T.InputError("--at-a-time 1 or more")
         flags = ["--no-final-val", "--no-save-final", "--out", str(args.out)]
         configs = configure(T.parse_args([*rest, *flags]), variants)
+        refuse_others(args.out, configs)
         groups = by_graph(variants)
         if len(groups) == 1:
-            Screen(configs, args.out, os.environ.get(SHARED) == "1").sit(args.seeds)
+            screen = Screen(configs, args.out, os.environ.get(SHARED) == "1")
+            screen.sit(args.seeds)
             failed = []
         else:
             failed = run_groups(groups, args, rest)
@@ -312,8 +324,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"screen: {e}", file=sys.stderr)
         return T.EXIT_CODES["input"]
     except KeyboardInterrupt:
-        print("screen: ended by a signal; the same line goes on from here", file=sys.stderr)
+        print(
+            "screen: ended by a signal; the same line goes on with the runs that are missing",
+            file=sys.stderr,
+        )
         return T.EXIT_CODES["signal"]
+    except Exception as error:  # as train_gpt.py ends, and its run's exit.json says so
+        trainer = screen and screen.trainer
+        code, reason = worker.failure(error, trainer)
+        T.write_exit(getattr(trainer, "folder", None), code, reason)
+        print(f"screen: {reason}", file=sys.stderr)
+        return code
     return T.EXIT_CODES["peer lost"] if failed else 0
 
 

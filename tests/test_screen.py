@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -137,7 +138,8 @@ def test_processes_of_their_own(text_data, tmp_path, capsys):
     assert [line.split()[:2] for line in said[-4:]] == [
         [text.partition(":")[0], "1"] for text in APART
     ]
-    assert sorted(said[:2]) == ["base: ended with 0", "off: ended with 0"]
+    assert said[0] == f"2 processes, 2 at a time; see {tmp_path}/*.out"
+    assert sorted(said[1:3]) == ["base: ended with 0", "off: ended with 0"]
     for text in APART:
         name, changes = screen.parse_variant(text)
         alone = H.tiny(text_data, tmp_path / "alone", looks=1, **changes, run_id=name)
@@ -146,6 +148,19 @@ def test_processes_of_their_own(text_data, tmp_path, capsys):
     assert all(row["train_s"] is None for row in screen.rows_of(tmp_path))
     before = ended(tmp_path)
     assert screen.main(argv) == 0 and ended(tmp_path) == before
+    exits = [json.loads(p.read_text())["code"] for p in tmp_path.glob("*_s0/exit.json")]
+    assert exits == [0] * len(APART)
+    other = [text.replace("0.05", "0.06") for text in argv]
+    assert screen.main(other) == 2 and ended(tmp_path) == before, "before any process starts"
+    assert "has both, fast with other settings" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite(text_data, tmp_path, capsys):
+    """Ends as train_gpt.py does."""
+    line = ["a:matrix_lr=1e9,embed_lr=1e9", *H.tiny_argv(text_data, tmp_path)]
+    assert screen.main(line) == T.EXIT_CODES["non-finite"]
+    assert "loss" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a_s0" / "exit.json").read_text())["code"] == 3
 
 
 SCRIPT = """
