@@ -2353,9 +2353,12 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if cfg.skip and i == cfg.skip[1]:  # one skip is worth keeping (record 45)
                 x = x + torch.sigmoid(self.mix[0]).to(x.dtype) * saved[cfg.skip[0]]
-            scales, others = [resid[i] if cfg.x0 else resid.new_ones(1)], [x0] if cfg.x0 else []
-            if i == 0 and cfg.x0:  # x is x0
+            if not cfg.x0:
+                scales, others = [resid.new_ones(1)], []
+            elif i == 0:  # x is x0
                 scales, others = [resid[0].sum(0, keepdim=True)], []
+            else:
+                scales, others = [resid[i]], [x0]
             if self.ngram is not None:
                 scales.append(self.ngram.scale[i : i + 1].to(x.dtype))
                 others.append(pairs)
