@@ -310,7 +310,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.at_a_time < 1:
             raise T.InputError("--at-a-time 1 or more")
         flags = ["--no-final-val", "--no-save-final", "--out", str(args.out)]
-        configs = configure(T.parse_args([*rest, *flags]), variants)
+        base = T.parse_args([*rest, *flags])
+        if base.run.run_id or base.run.resume:
+            raise T.InputError("a screen names its runs itself: no --run-id, no --resume")
+        configs = configure(base, variants)
         refuse_others(args.out, configs)
         groups = by_graph(variants)
         if len(groups) == 1:

@@ -113,6 +113,7 @@ def test_times_on_a_shared_gpu_are_left_out():
         (["a", "b:cooldown=2"], "b: --warmup and --cooldown: together at most 1"),
         (["a", "b:n_head=3,d_model=31"], "b: --d-model 31 must be"),
         (["a", "--at-a-time", "0"], "--at-a-time 1 or more"),
+        (["a", "--run-id", "mine"], "a screen names its runs itself"),
     ],
 )
 def test_what_is_refused(words, said, text_data, tmp_path, capsys):
