@@ -510,7 +510,7 @@ def check_numbers(cfg: Config, need: Need) -> None:
         value = getattr(getattr(cfg, part), name)
         if f.type in ("int", "float"):
             least, most = LEAST.get(name, 0), MOST.get(name, LARGEST)
-            end = f"<= {most}" if name in MOST else "finite"
+            end = f"<= {most}" if most < value < math.inf else "finite"
             need(least <= value <= most, f"--{name} {value} must be >= {least} and {end}")
 
 
