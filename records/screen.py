@@ -39,6 +39,7 @@ import torch
 
 import train_gpt as T
 from records import logs, stats, worker
+from records.compare import interrupted
 from records.folder import PLACE, finished, set_aside
 
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
@@ -68,22 +69,13 @@ def parse_variant(text: str) -> tuple[str, dict]:
     return name, changes
 
 
-def own_graph(changes: dict) -> dict:
-    """What of a variant other variants' processes do not have."""
-    return {key: value for key, value in changes.items() if key in OWN}
-
-
 def by_graph(variants: dict[str, dict]) -> list[list[str]]:
-    """Names of variants that can share a process, in their order."""
-    found: list[list[str]] = []
+    """Names of variants that can share a process, those that have the same of OWN, in order."""
+    groups: dict[frozenset, list[str]] = {}
     for name, changes in variants.items():
-        same = (g for g in found if own_graph(variants[g[0]]) == own_graph(changes))
-        group = next(same, None)
-        if group is None:
-            found.append([name])
-        else:
-            group.append(name)
-    return found
+        own = frozenset((key, value) for key, value in changes.items() if key in OWN)
+        groups.setdefault(own, []).append(name)
+    return list(groups.values())
 
 
 def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
@@ -96,17 +88,19 @@ def all_stages(configs: list[T.Config]) -> tuple[T.Stage, ...]:
     )
 
 
-def rows_of(folder: Path) -> list[dict]:
-    """Of a screen's finished runs below it, in their order: name, seed, dev_loss, train_s (None
-    where others computed on the same GPU)."""
+def runs_of(folder: Path) -> list[logs.Run]:
+    """A screen's finished runs below it, in their order."""
     found = filter(None, map(finished, sorted({p.parent for p in logs.logs_in(folder)})))
+    return sorted((r for r in found if "variant" in r.labels), key=lambda r: r.labels["order"])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """Of those: name, seed, dev_loss, train_s (None where others computed on the same GPU)."""
     return [
         {"name": run.labels["variant"], "seed": run.header["seed"]}
         | {"dev_loss": run.final("dev_loss")}
         | {"train_s": None if run.labels.get("shared") else run.end["train_s"]}
-        for run in sorted(
-            (run for run in found if "variant" in run.labels), key=lambda run: run.labels["order"]
-        )
+        for run in runs_of(folder)
     ]
 
 
@@ -122,8 +116,8 @@ def configure(base: T.Config, variants: dict[str, dict]) -> dict[str, T.Config]:
 def refuse_others(folder: Path, configs: dict[str, T.Config]) -> None:
     """InputError where the folder has finished runs of these names with other settings."""
     others = set()
-    for run in filter(None, map(finished, {p.parent for p in logs.logs_in(folder)})):
-        name = run.labels.get("variant")
+    for run in runs_of(folder):
+        name = run.labels["variant"]
         if name in configs:
             mine, ran = configs[name].flat(), run.header["config"]
             free = PLACE - {"tokens"} | (set() if mine["vocab"] else {"vocab"})  # the data has it
@@ -259,10 +253,6 @@ def stop(processes: list[subprocess.Popen]) -> None:
             process.wait()
     for sig, handler in before.items():
         signal.signal(sig, handler)
-
-
-def interrupted(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str]) -> list[str]:

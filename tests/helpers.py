@@ -452,3 +452,20 @@ def muon_errors(rows: int, cols: int, device: torch.device) -> tuple[torch.Tenso
     length = exact.norm(dim=(1, 2))
     loop = polar_loop(u, torch.bfloat16)
     return (mine - exact).norm(dim=(1, 2)) / length, (loop - exact).norm(dim=(1, 2)) / length
+
+
+def small_gpt(arm: str, dtype: torch.dtype = torch.float32, **changes) -> T.GPT:
+    """Of four blocks, one without attention, in rows of up to 64 tokens; no parameter, and no row
+    of a table of n-grams, is 0: zero projections would hide attention."""
+    settings = {"n_layer": 4, "d_model": 32, "n_head": 2, "head_dim": 16, "no_attention": (2,)}
+    settings |= {"long_layers": (0,), "skip": (), "backout": 1, "value_tables": 1, "vocab": 64}
+    model = T.GPT(T.make_config(arm=arm, **settings, **changes).model, 64, dtype)
+    T.init_parameters(model, 0)
+    tensors = list(model.parameters())
+    if model.ngram is not None:
+        model.ngram.make()
+        tensors.append(model.ngram.table)
+    with torch.no_grad():
+        for i, t in enumerate(tensors):
+            t.add_(0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)))
+    return model

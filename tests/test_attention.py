@@ -633,17 +633,7 @@ def test_sum_whose_norm_is_kept_has_its_gradient(scale):
 def test_a_compiled_model_is_the_model(arm, dtype):
     """With gradients and, as in validation, without: Dynamo takes these apart in two ways."""
     torch._dynamo.reset()
-    small = {"n_layer": 4, "d_model": 32, "n_head": 2, "head_dim": 16, "long_layers": (0,)}
-    small |= {"skip": (), "backout": 1, "value_tables": 1, "vocab": 64, "no_attention": (2,)}
-    model = T.GPT(T.make_config(arm=arm, **small).model, 64, dtype)
-    T.init_parameters(model, 0)
-    changed = list(model.parameters())
-    if model.ngram is not None:
-        model.ngram.make()
-        changed.append(model.ngram.table)
-    with torch.no_grad():
-        for i, p in enumerate(changed):  # zero projections would hide attention
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    model = H.small_gpt(arm, dtype)
     run = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     gen = torch.Generator().manual_seed(1)
     tokens = torch.randint(64, (2, 64), generator=gen).int()

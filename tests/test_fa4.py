@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import read_log, tiny
+from helpers import read_log, small_gpt, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -238,17 +238,6 @@ ARMS = (
     "diff_v2,form=full,window2=5",
     "diff_v2,form=light,window2=5",
 )
-
-
-def small_gpt(arm: str, **changes) -> T.GPT:
-    settings = {"n_layer": 4, "d_model": 32, "n_head": 2, "head_dim": 16, "no_attention": (2,)}
-    settings |= {"long_layers": (0,), "skip": (), "backout": 1, "value_tables": 1, "vocab": 64}
-    model = T.GPT(T.make_config(arm=arm, **settings, **changes).model, 64)
-    T.init_parameters(model, 0)
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):  # zero projections would hide attention
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return model
 
 
 def gradients(run, model: T.GPT, tokens: Tensor, docs: Tensor, window) -> list[Tensor]:
