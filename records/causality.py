@@ -7,7 +7,8 @@ statistics see the future: a loss like that is worth nothing, and nothing in it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,6 +24,18 @@ NARROW = {"d_model": 96, "vocab": 64}
 NGRAM_ROWS = 1024  # at most: an arm's millions would be filled with random numbers
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread; where 16 cores had other work, threads
+    that waited for each other made 140 s of 3."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class NotCausal(ValueError):
     """Something that comes before a token, or stands in another document, moves with it."""
 
@@ -31,6 +44,7 @@ class NoPower(ValueError):
     """The check could not have found anything: what it perturbs reaches no later token."""
 
 
+@one_thread()
 def check_causal(
     arm: str,
     overrides: dict | None = None,

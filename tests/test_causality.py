@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import helpers as H
 import pytest
+import torch
 
 from records import causality
 from records.causality import NoPower, NotCausal, check_causal
@@ -45,6 +46,22 @@ def test_arm_is_causal(arm, preset):
 )
 def test_the_speedrun_is_causal(arm):
     check_causal(arm, preset="speedrun")
+
+
+def test_one_thread_checks_and_the_others_come_back():
+    seen = []
+
+    def make(cfg, length, dtype):
+        seen.append(torch.get_num_threads())
+        return T.GPT(cfg.model, length, dtype)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_causal("softmax", preset="demo", make_model=make)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("preset, qk_dim", [("r28", 64), ("demo", 16)])
