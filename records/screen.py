@@ -9,9 +9,9 @@ are measured against. Variants of one graph share a process and its compilation,
 from seed to seed: they differ in the schedule (steps of other sizes, windows and classes of the
 loss, too: all are compiled before the first clock), learning rates, momentum, adam_every, the tail.
 Another setting of the model, the optimizer or the kernels has a process of its own. --at-a-time of
-them run at once: one compiles while another trains, which is what makes an ablation short. Each
-takes a run's memory; with several GPUs they take turns on them. On a shared GPU times mean nothing,
-and are left out.
+them are there at once: one trains while others compile, which is what makes an ablation short. Each
+takes a run's memory; several GPUs are dealt out to them. On a shared GPU one trains at a time, and
+its times bear a ~, as what the others compile is also tried there.
 
 Judged on dev_loss; val stays closed. FOLDER/NAME_sSEED are the runs, FOLDER/NAME.out is what a
 process said. The same line goes on after a stop: a finished run is not made again, one that was cut
@@ -23,13 +23,16 @@ all variants (arms are for `compare`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run as a file: its own folder is on the path, not the one above
@@ -46,7 +49,7 @@ SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
 RATES = {f.name for f in dataclasses.fields(T.OptimConfig) if f.name.endswith("_lr")}
 STEPS = {"momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "adam_every"}
 ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-SHARED = "RECORDS_SCREEN_SHARED"  # in the environment, "1": others compute on the same GPU
+SHARED = "RECORDS_SCREEN_SHARED"  # in the environment, "1": others have the same GPU
 FREE = SCHEDULE | RATES | STEPS | {"tail", "tail_every", "tail_blend"}  # need no graph of their own
 KERNELS = {"attention", "fp8", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs"}
 OWN = {name for name, (part, _) in T.FLAGS.items() if part in ("model", "optim")} | KERNELS
@@ -95,11 +98,11 @@ def runs_of(folder: Path) -> list[logs.Run]:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Of those: name, seed, dev_loss, train_s (None where others computed on the same GPU)."""
+    """Of those: name, seed, dev_loss, train_s; shared, where others compiled on the same GPU."""
     return [
         {"name": run.labels["variant"], "seed": run.header["seed"]}
-        | {"dev_loss": run.final("dev_loss")}
-        | {"train_s": None if run.labels.get("shared") else run.end["train_s"]}
+        | {"dev_loss": run.final("dev_loss"), "train_s": run.end["train_s"]}
+        | {"shared": run.labels.get("shared", False)}
         for run in runs_of(folder)
     ]
 
@@ -127,9 +130,20 @@ def refuse_others(folder: Path, configs: dict[str, T.Config]) -> None:
         raise T.InputError(f"{folder} has {names} with other settings: use --out")
 
 
+@contextlib.contextmanager
+def turn(folder: Path, shared: bool) -> Iterator[None]:
+    """Until no other process of this screen trains on the same GPU, and then it is this one's."""
+    if not shared:
+        yield
+        return
+    with (folder / f".turn{os.environ.get('CUDA_VISIBLE_DEVICES', '')}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Screen:
-    """A warm Trainer of variants that share a graph, and the runs so far. shared: others compute on
-    the same GPU."""
+    """A warm Trainer of variants that share a graph, and the runs so far. shared: others have the
+    same GPU."""
 
     def __init__(self, configs: dict[str, T.Config], folder: Path, shared: bool = False):
         self.folder, self.configs, self.shared = folder, configs, shared
@@ -152,24 +166,34 @@ class Screen:
             rate = groups["ngram"].lr
             optimizer.rows.group = dataclasses.replace(optimizer.rows.group, lr=rate)
 
-    def sit(self, seeds: list[int]) -> None:
-        """Every run that is missing."""
+    def missing(self, seeds: list[int]) -> list[tuple[int, str, int, Path]]:
+        """(place in the order, variant, seed, folder) of the runs that there are not yet."""
         names = list(self.configs)
-        for turn, seed in enumerate(seeds):
-            at = turn % len(names)
-            for place, name in enumerate(names[at:] + names[:at]):
-                path = self.folder / f"{name}_s{seed}"
-                if finished(path) is not None:
-                    continue
+        order = [
+            (name, seed)
+            for at, seed in enumerate(seeds)
+            for name in names[at % len(names) :] + names[: at % len(names)]
+        ]
+        runs = [(i, n, seed, self.folder / f"{n}_s{seed}") for i, (n, seed) in enumerate(order)]
+        return [run for run in runs if finished(run[-1]) is None]
+
+    def sit(self, seeds: list[int]) -> None:
+        """Every run that is missing, one after another, the GPU's only ones."""
+        todo = self.missing(seeds)
+        if not todo:
+            return
+        self.trainer.warm_up()  # of the stages of all variants, before any run sets its own
+        with turn(self.folder, self.shared):
+            for place, name, seed, path in todo:
                 if path.exists():
                     set_aside(self.folder, [path], "it")
                 self.prepare(self.configs[name])
-                self.trainer.labels = {"variant": name, "order": turn * len(names) + place}
+                self.trainer.labels = {"variant": name, "order": place}
                 self.trainer.labels |= {"shared": True} if self.shared else {}
                 self.trainer.reset(seed, self.trainer.cfg.data.data_seed, run_id=path.name)
                 self.trainer.run()
                 T.write_exit(self.trainer.folder, T.EXIT_CODES["done"], "done")
-                print(table(rows_of(self.folder), names), flush=True)
+                print(table(rows_of(self.folder), list(self.configs)), flush=True)
 
 
 def table(rows: list[dict], names: list[str]) -> str:
@@ -183,8 +207,8 @@ def table(rows: list[dict], names: list[str]) -> str:
         if not mine:
             continue
         loss = stats.mean([r["dev_loss"] for r in mine.values()])
-        spent = [r["train_s"] for r in mine.values()]
-        seconds = "" if None in spent else f"{stats.mean(spent):.1f}"
+        about = "~" if any(r["shared"] for r in mine.values()) else ""
+        seconds = f"{about}{stats.mean([r['train_s'] for r in mine.values()]):.1f}"
         both = [mine[s]["dev_loss"] - first[s]["dev_loss"] for s in mine if s in first]
         gain = stats.mean_interval(both)
         apart = f"{gain.value:+.4f}" if both and name != names[0] else ""

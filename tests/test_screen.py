@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_a_run_that_was_cut_goes_aside(screened, capsys):
 
 def test_the_table():
     made = [
-        {"name": name, "seed": seed, "dev_loss": loss, "train_s": 10.0}
+        {"name": name, "seed": seed, "dev_loss": loss, "train_s": 10.0, "shared": False}
         for name, losses in (("a", (3.5, 3.6)), ("b", (3.4, 3.52)))
         for seed, loss in enumerate(losses)
     ]
@@ -95,11 +96,43 @@ def test_the_table():
     assert alone.split() == ["b", "1", "3.4000", "10.0"]
 
 
-def test_times_on_a_shared_gpu_are_left_out():
+def test_times_on_a_shared_gpu_are_marked():
     made = [
-        {"name": "a", "seed": i, "dev_loss": 3.5, "train_s": t} for i, t in enumerate((9, None))
+        {"name": "a", "seed": i, "dev_loss": 3.5, "train_s": 9 + i, "shared": shared}
+        for i, shared in enumerate((False, True))
     ]
-    assert screen.table(made, ["a"]).splitlines()[1].split() == ["a", "2", "3.5000"]
+    assert screen.table(made, ["a"]).splitlines()[1].split() == ["a", "2", "3.5000", "~9.5"]
+
+
+def test_all_stages_are_compiled_before_the_first_run(text_data, tmp_path, monkeypatch):
+    """The first variant's settings do not hide what another one's steps are like."""
+    tried, began = [], []
+    try_call, run = T.WarmUp.try_call, T.Trainer.run
+    monkeypatch.setattr(
+        T.WarmUp,
+        "try_call",
+        lambda self, shape, window: (tried.append(shape), try_call(self, shape, window)),
+    )
+    monkeypatch.setattr(T.Trainer, "run", lambda self: (began.append(len(tried)), run(self)))
+    assert screen.main([*LINE, *H.tiny_argv(text_data, tmp_path, looks=1)]) == 0
+    tokens = {rows * row for rows, row, _ in tried}
+    assert tokens == {128, 256} and began == [len(tried)] * 3
+
+
+def test_one_trains_at_a_time(tmp_path):
+    """On each GPU, whichever process comes; each leaves it when it ends, however it ends."""
+    code = (
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from records import screen\n"
+    )
+    code += "with screen.turn(pathlib.Path(sys.argv[2]), True):\n"
+    code += "    print(time.time()); time.sleep(0.5); print(time.time()); 1 / int(sys.argv[3])"
+    start = [sys.executable, "-c", code, str(T.HERE), str(tmp_path)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    all_of_them = [subprocess.Popen([*start, n], **how) for n in "101"]
+    spans = sorted([float(t) for t in p.communicate()[0].split()] for p in all_of_them)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    with screen.turn(tmp_path / "nowhere", False):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -146,7 +179,7 @@ def test_processes_of_their_own(text_data, tmp_path, capsys):
         alone = H.tiny(text_data, tmp_path / "alone", looks=1, **changes, run_id=name)
         T.train(alone)
         assert H.losses(tmp_path / f"{name}_s0") == H.losses(tmp_path / "alone" / name)
-    assert all(row["train_s"] is None for row in screen.rows_of(tmp_path))
+    assert all(row["shared"] and row["train_s"] > 0 for row in screen.rows_of(tmp_path))
     before = ended(tmp_path)
     assert screen.main(argv) == 0 and ended(tmp_path) == before
     exits = [json.loads(p.read_text())["code"] for p in tmp_path.glob("*_s0/exit.json")]
