@@ -3844,14 +3844,46 @@ def configure_compiler(device: torch.device) -> None:
 
     On a GPU Inductor may compute longer sums of products at their reader before it puts one in
     memory, and does so sooner where few reads are saved: a model's pass of speedrun then moves 57.1
-    GB through pointwise kernels for 59.3 (counted, torch 2.11: LAB_LOG, 2026-11-29)."""
+    GB through pointwise kernels for 59.3 (counted, torch 2.11: LAB_LOG, 2026-11-29).
+
+    In torch 2.13 all of this is the calling thread's alone. So a graph's way back is compiled with
+    its way forward, and not when autograd's own thread comes to it."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     if device.type == "cuda":
         inductor = torch._inductor.config
         inductor.realize_acc_reads_threshold = 64  # reads of one kernel
         inductor.realize_opcount_threshold = 300  # its operations
         inductor.realize_reads_threshold = 3  # reads of what has several readers
+        reduce_in_one_pass()
+
+
+def reduce_in_one_pass() -> None:
+    """Rows of up to 1,024 stay in registers where a kernel reduces them in several ways, such as by
+    their largest value for FP8 and by the terms of a sum over all tokens. As these differ in
+    Inductor's hints, it would read the rows again for each result that the next reduction needs,
+    and once more to write: kernels of 13 of those 57 GB did. For the calling thread."""
+    from torch._inductor.choices import InductorChoices  # takes 2 s
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    by_rows = {ReductionHint.INNER, ReductionHint.DEFAULT}
+
+    class OnePass(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
+            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+                return True
+            known = V.graph.sizevars
+            return (
+                not cooperative_reduction  # of several programs a row
+                and known.statically_known_leq(features.reduction_numel, 1024)
+                and known.statically_known_geq(features.numel, 4096)  # rows
+                and {features.reduction_hint(n) for n in features.reduction_nodes()} <= by_rows
+            )
+
+    V.set_choices_handler(OnePass())
 
 
 def be_deterministic() -> None:
@@ -4848,15 +4880,18 @@ class Account:
         cfg, params, size = self.cfg, header["params"], self.world.size
         shapes = sorted({(s.tokens, *self.trainer.call_shape(s.tokens)) for s in self.steps})
         calls = ", ".join(f"{t:,} = {t // (r * w)} x {r} x {w:,}" for t, r, w in shapes)
+        peak = f"; BF16 peak {self.peak / 1e12} TFLOP/s" if self.peak else ""
+        targets = min(cfg.data.dev_tokens, self.trainer.corpus.tokens("dev") - 1)
         return (
             f"run {self.log.folder}: arm {cfg.model.arm}, preset {cfg.preset}, {size} x "
             f"{self.env['gpu'] or 'CPU'}, torch {self.env['torch']}, head in "
             f"{'FP8' if header['fp8'] else header['dtype']}, warm-up {header['compile_s']} s\n"
             f"parameters: {params['active_matmul']:,} active matmul, {params['attention']:,} in "
             f"attention, {params['stored']:,} stored; {header['flops_per_token'] / 1e9:.3f} GFLOP "
-            f"a token with full windows; BF16 peak {self.peak and self.peak / 1e12} TFLOP/s\n"
+            f"a token with full windows{peak}\n"
             f"{len(self.steps)} steps, {header['tokens']:,} tokens, {header['distinct']:,} "
-            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}"
+            f"distinct; a step on {size} rank(s), tokens = calls x rows x tokens: {calls}\n"
+            f"dev_loss {max(1, cfg.run.looks)} x over {targets:,} targets (--looks, --dev-tokens)"
         )
 
     def end(self, status: str, done: int) -> dict:

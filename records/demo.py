@@ -254,11 +254,11 @@ def plot(results: list[Result], about: dict, path: Path) -> None:
                 axis.axhline(value, color="#555555", linestyle="--", linewidth=1)
                 axis.annotate(
                     label,
-                    (1, value),
-                    xytext=(-4, 3),
+                    (0, value),
+                    xytext=(4, 3),
                     xycoords=("axes fraction", "data"),
                     textcoords="offset points",
-                    ha="right",
+                    ha="left",
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
                 )
         axis.set_xlabel(name)

@@ -49,24 +49,28 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-# torch's own: a test may be the first that imports the compiler
+# torch's own, by module: a test may be the first that imports the compiler
 COMPILER = {
-    "recompile_limit": 8,
-    "fail_on_recompile_limit_hit": False,
-    "error_on_recompile": False,
+    "torch._dynamo.config": {
+        "recompile_limit": 8,
+        "fail_on_recompile_limit_hit": False,
+        "error_on_recompile": False,
+    },
+    "torch._functorch.config": {"force_non_lazy_backward_lowering": False},
 }
 
 
 @contextlib.contextmanager
 def compiler_as_before():
-    """The settings of torch._dynamo that a Trainer with --compile leaves in its process. Without an
-    import that no test needs: that one takes seconds."""
-    before, name = COMPILER, "torch._dynamo.config"
-    if name in sys.modules:
-        before = {key: getattr(sys.modules[name], key) for key in COMPILER}
+    """The settings that a Trainer with --compile leaves in its process. Without an import that no
+    test needs: that one takes seconds."""
+    before = {
+        name: {key: getattr(sys.modules[name], key) for key in own} if name in sys.modules else own
+        for name, own in COMPILER.items()
+    }
     yield
-    if name in sys.modules:
-        for key, value in before.items():
+    for name in before.keys() & sys.modules.keys():
+        for key, value in before[name].items():
             setattr(sys.modules[name], key, value)
 
 
