@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -556,6 +557,26 @@ def test_orthogonalize_in_float16(shape):
     """Nearer to the exact polynomials than the plain loop in bfloat16 is, at a run's shapes."""
     mine, theirs = H.muon_errors(*shape, torch.device(DEVICE))
     assert (mine < theirs).all(), (mine, theirs)
+
+
+def test_rows_in_one_pass():
+    """Where a row's reductions differ in kind, no kernel loops over it."""
+    from torch._inductor.utils import run_and_get_code
+
+    def rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = x.float() * y.float()
+        largest = t.abs().amax(1, keepdim=True)
+        return (t / largest).to(x.dtype), largest, (t * t.sum(1, keepdim=True)).sum()
+
+    x, y = (torch.randn(16_384, 768, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got, code = run_and_get_code(torch.compile(rows, fullgraph=True), x, y)
+    text = "\n".join(code)
+    assert "persistent_reduction(" in text
+    looped = re.findall(r"triton_heuristics\.reduction\(.*?r0_numel = (\d+)", text, re.DOTALL)
+    assert "768" not in looped
+    for mine, exact in zip(got, rows(x.double(), y.double()), strict=True):
+        assert error(mine, exact) < FORWARD
 
 
 def test_fused_update():
