@@ -644,6 +644,7 @@ def check_data(d: DataConfig, need: Need) -> None:
     need(d.micro_batch_tokens > 0, "--micro_batch_tokens must be > 0")
     whole = d.val_call_tokens > 0 and d.val_call_tokens % max(1, d.val_row_tokens) == 0
     need(whole, "--val_call_tokens: whole rows")
+    need(min(d.dev_tokens, d.val_tokens) > 0, "--dev_tokens and --val_tokens must be > 0")
 
 
 def check_run(r: RunConfig, need: Need) -> None:
@@ -3195,6 +3196,10 @@ class Corpus:
     @classmethod
     def from_names(cls, root: Path) -> Corpus:
         """Shards published by others: GPT-2 tokens, sorted by name, no manifest."""
+        for path in root.glob("*.bin"):
+            named = [s for s in SPLITS if s in path.name]
+            if len(named) > 1:
+                raise InputError(f"{path} names two splits, {' and '.join(named)}: rename it")
         splits = {s: [Shard.open(p) for p in sorted(root.glob(f"*{s}*.bin"))] for s in SPLITS}
         rows = [
             {"name": s.path.name, "split": split, "tokens": s.tokens}
@@ -3457,11 +3462,16 @@ class RunLog:
                 sync(path)
         return {k: p.stat().st_size if p.exists() else 0 for k, p in self.files.items()}
 
-    def truncate(self, offsets: dict[str, int], h: str) -> None:
-        """Back to where a checkpoint was saved; InputError where the logs do not reach so far."""
+    def check(self, offsets: dict[str, int]) -> None:
+        """InputError where the logs do not reach as far as when a checkpoint was saved."""
         for key, file in self.files.items() if self.active else ():
             if not file.is_file() or file.stat().st_size < offsets[key]:
                 raise InputError(f"{file} is shorter than its checkpoint says: start a new run")
+
+    def truncate(self, offsets: dict[str, int], h: str) -> None:
+        """Back to where a checkpoint was saved."""
+        self.check(offsets)
+        for key, file in self.files.items() if self.active else ():
             os.truncate(file, offsets[key])
         self.h = h
 
@@ -3560,7 +3570,7 @@ def save_checkpoint(
         os.rename(final, folder / f".old.{final.name}")
     os.rename(aside, final)
     sync(folder)
-    old = whole_checkpoints(folder)[:-keep]
+    old = [path for path in whole_checkpoints(folder)[:-keep] if path != final]
     for left in (*folder.glob(".old.*"), *folder.glob(".step_*"), *old):
         shutil.rmtree(left, ignore_errors=True)
     return final
@@ -5062,12 +5072,13 @@ def resume(trainer: Trainer) -> tuple[RunLog, int, float]:
         raise InputError(f"{path} does not fit: {e!r}") from None
     world = trainer.world
     world.barrier()  # every rank has read it
+    log = RunLog(path.parents[1], world.main)
+    log.check(offsets)  # before anything goes
     if world.main:  # what came after it belongs to a run that now does not happen
         for later in whole_checkpoints(path.parent):
             if later.name > path.name:
                 shutil.rmtree(later)
-    trainer.folder = path.parents[1]
-    log = RunLog(trainer.folder, world.main)
+    trainer.folder = log.folder
     log.truncate(offsets, h)
     if world.main:
         mark_running(trainer.folder)

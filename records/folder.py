@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if attempt == 99:
-                    raise T.InputError(f"{folder} is in use by another compare") from None
+                    raise T.InputError(f"{folder} is in use by another process") from None
                 time.sleep(0.1)
         yield handle
     finally:

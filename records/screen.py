@@ -43,12 +43,13 @@ import torch
 import train_gpt as T
 from records import logs, stats, worker
 from records.compare import interrupted
-from records.folder import PLACE, finished, set_aside
+from records.folder import PLACE, finished, locked, set_aside
 
 SCHEDULE = {f.name for f in dataclasses.fields(T.ScheduleConfig)}
 RATES = {f.name for f in dataclasses.fields(T.OptimConfig) if f.name.endswith("_lr")}
 STEPS = {"momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "adam_every"}
 ENDS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+PART = "RECORDS_SCREEN_PART"  # in the environment, "1": a process of a screen that holds the folder
 SHARED = "RECORDS_SCREEN_SHARED"  # in the environment, "1": others have the same GPU
 FREE = SCHEDULE | RATES | STEPS | {"tail", "tail_every", "tail_blend"}  # need no graph of their own
 KERNELS = {"attention", "fp8", "mlp_kernel", "mlp_fp8", "loss_kernel", "cuda_graphs"}
@@ -123,7 +124,8 @@ def refuse_others(folder: Path, configs: dict[str, T.Config]) -> None:
         name = run.labels["variant"]
         if name in configs:
             mine, ran = configs[name].flat(), run.header["config"]
-            free = PLACE - {"tokens"} | (set() if mine["vocab"] else {"vocab"})  # the data has it
+            free = PLACE - {"tokens", "data_seed"}
+            free |= set() if mine["vocab"] else {"vocab"}  # the data has it
             others |= {name for key in mine.keys() - free if ran.get(key) != mine[key]}
     if others:
         names = ", ".join(sorted(others))
@@ -148,11 +150,29 @@ class Screen:
     def __init__(self, configs: dict[str, T.Config], folder: Path, shared: bool = False):
         self.folder, self.configs, self.shared = folder, configs, shared
         each = list(configs.values())
-        self.trainer = T.Trainer(each[0].with_(stages=all_stages(each)))
+        corpus = T.Corpus.open(each[0].data.data, each[0].data.dev)
+        for name, cfg in configs.items():
+            try:
+                T.steps_of(cfg, corpus)
+            except T.InputError as e:
+                raise T.InputError(f"{name}: {e}") from None
+        longest = max(each, key=lambda cfg: T.steps_of(cfg, corpus)[-1].end).schedule
+        budget = {key: getattr(longest, key) for key in ("tokens", "most_tokens", "passes")}
+        self.trainer = T.Trainer(each[0].with_(stages=all_stages(each), **budget))
         if self.trainer.world.size > 1:
             raise T.InputError("one GPU a screen: start one on each, with CUDA_VISIBLE_DEVICES")
+        self.refuse_other_text()
         vocab = self.trainer.cfg.model.vocab
         self.configs = {name: cfg.with_(vocab=vocab) for name, cfg in self.configs.items()}
+
+    def refuse_other_text(self) -> None:
+        """InputError where the folder has runs on other data, or of another train_gpt.py."""
+        mine = self.trainer.data_digests, self.trainer.source_sha256
+        for run in runs_of(self.folder):
+            if (run.header["data"], run.header["source_sha256"]) != mine:
+                name = run.labels["variant"]
+                said = f"{self.folder} has {name} on other data, or by another train_gpt.py"
+                raise T.InputError(f"{said}: use --out")
 
     def prepare(self, cfg: T.Config) -> None:
         """The trainer's settings and rates; a group with another rate compiles nothing anew."""
@@ -232,10 +252,11 @@ def gpus_here() -> list[str]:
 
 
 def run_apart(
-    commands: dict[str, list[str]], at_a_time: int, folder: Path, shared: bool
+    commands: dict[str, list[str]], at_a_time: int, folder: Path, shared: bool, lock: int = -1
 ) -> list[str]:
     """Runs each command, at_a_time of them at once, with what it says in FOLDER/NAME.out; names of
-    those that failed. None outlives this process, unless that one is killed outright."""
+    those that failed. None outlives this process, unless that one is killed outright: they have
+    the folder's `lock` then."""
     cards = gpus_here()
     waiting, failed = list(commands), []
     running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, from 0
@@ -245,13 +266,14 @@ def run_apart(
         while waiting or running:
             for place in sorted(set(range(at_a_time)) - set(running)):
                 if waiting:
-                    name, env = waiting.pop(0), dict(os.environ)
+                    name, env = waiting.pop(0), {**os.environ, PART: "1"}
                     if cards:
                         env["CUDA_VISIBLE_DEVICES"] = cards[place % len(cards)]
                     if shared:
                         env[SHARED] = "1"
                     with (folder / f"{name}.out").open("a") as out:
                         how = {"stdout": out, "stderr": subprocess.STDOUT, "env": env}
+                        how |= {"pass_fds": () if lock < 0 else (lock,)}
                         running[place] = name, subprocess.Popen(commands[name], **how)
             time.sleep(0.2)
             for place, (name, process) in list(running.items()):
@@ -279,7 +301,9 @@ def stop(processes: list[subprocess.Popen]) -> None:
         signal.signal(sig, handler)
 
 
-def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str]) -> list[str]:
+def run_groups(
+    groups: list[list[str]], args: argparse.Namespace, rest: list[str], lock: int
+) -> list[str]:
     """A process of this program for each group of variants; names of those that failed."""
     texts = {text.partition(":")[0]: text for text in args.variants}
     seeds = ["--seeds", *map(str, args.seeds)]
@@ -291,7 +315,7 @@ def run_groups(groups: list[list[str]], args: argparse.Namespace, rest: list[str
     before = {sig: signal.signal(sig, interrupted) for sig in ENDS}
     try:
         shared = min(args.at_a_time, len(groups)) > max(1, len(gpus_here()))
-        failed = run_apart(commands, args.at_a_time, args.out, shared)
+        failed = run_apart(commands, args.at_a_time, args.out, shared, lock)
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
@@ -328,14 +352,16 @@ def main(argv: list[str] | None = None) -> int:
         if base.run.run_id or base.run.resume:
             raise T.InputError("a screen names its runs itself: no --run-id, no --resume")
         configs = configure(base, variants)
-        refuse_others(args.out, configs)
         groups = by_graph(variants)
-        if len(groups) == 1:
-            screen = Screen(configs, args.out, os.environ.get(SHARED) == "1")
-            screen.sit(args.seeds)
-            failed = []
-        else:
-            failed = run_groups(groups, args, rest)
+        held = contextlib.nullcontext(-1) if os.environ.get(PART) == "1" else locked(args.out)
+        with held as lock:
+            refuse_others(args.out, configs)
+            if len(groups) == 1:
+                screen = Screen(configs, args.out, os.environ.get(SHARED) == "1")
+                screen.sit(args.seeds)
+                failed = []
+            else:
+                failed = run_groups(groups, args, rest, lock)
         print(table(rows_of(args.out), list(variants)))
     except T.InputError as e:
         print(f"screen: {e}", file=sys.stderr)

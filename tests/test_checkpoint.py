@@ -422,6 +422,16 @@ def test_shortened_logs_are_refused(whole, text_data, tmp_path, capsys):
     assert "run.jsonl is shorter" in capsys.readouterr().err
 
 
+def test_what_is_refused_loses_nothing(whole, text_data, tmp_path):
+    """Later checkpoints stay where the logs do not reach to the one that is asked for."""
+    run = copy_until(whole, tmp_path, 5)
+    shutil.copytree(whole / "ckpt", run / "ckpt", dirs_exist_ok=True)
+    before = T.whole_checkpoints(run / "ckpt")
+    os.truncate(run / "run.log", 100)
+    line = [*argv_of(text_data, tmp_path), "--resume", str(before[1])]
+    assert T.main(line) == 2 and T.whole_checkpoints(run / "ckpt") == before
+
+
 def test_going_back_drops_the_later_checkpoints(whole, text_data, tmp_path):
     """From an older checkpoint: what came after it belongs to a run that does not happen."""
     run = copy_until(whole, tmp_path, 5)
@@ -431,6 +441,13 @@ def test_going_back_drops_the_later_checkpoints(whole, text_data, tmp_path):
     saved = [int(p.name[5:]) for p in sorted((run / "ckpt").iterdir())]
     assert saved == [1, 2, 3, 4, 5, 12]
     assert_same(state_of(run), state_of(whole))
+
+
+def test_the_one_just_saved_stays(tmp_path):
+    """Beside later ones of another run whose logs somebody removed."""
+    for step in (6, 8, 2):
+        T.save_checkpoint(tmp_path, {"w": torch.zeros(1)}, {"step": step}, keep=2)
+    assert [p.name[-1] for p in T.whole_checkpoints(tmp_path)] == ["2", "6", "8"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])

@@ -69,6 +69,7 @@ def refusal(argv: list[str], capsys) -> str:
         (["--micro-batch-tokens", "0"], ["--micro-batch-tokens must be > 0"]),
         (["--val-call-tokens", "0"], ["--val-call-tokens: whole rows"]),
         (["--val-call-tokens", "300"], ["--val-call-tokens: whole rows"]),
+        (["--dev-tokens", "0"], ["--dev-tokens and --val-tokens must be > 0"]),
         (["--looks", "21"], ["--looks 21: at most 20"]),
         (["--warmup", "0.9"], ["--warmup and --cooldown: together at most 1"]),
         (["--keep", "0"], ["--keep 1 or more"]),

@@ -353,3 +353,10 @@ def test_a_train_shard_named_as_dev_is_not_trained_on(tmp_path):
     corpus = T.Corpus.open(str(data), str(data / "tokens_train_000001.bin"))
     assert whole(corpus.splits["dev"]).tolist() == list(range(500, 900))
     assert whole(corpus.splits["train"]).tolist() == list(range(500))
+
+
+def test_a_file_of_two_splits(tmp_path):
+    """Of other people's names: what is trained on would be reported, too."""
+    H.write_shard(tmp_path / "retrieval_train_000001.bin", np.arange(100))
+    with pytest.raises(T.InputError, match=r"names two splits, train and val: rename it"):
+        T.Corpus.from_names(tmp_path)

@@ -12,6 +12,7 @@ import types
 import helpers as H
 import pytest
 
+from records import folder as folder_module
 from records import logs, screen
 
 T = H.T
@@ -69,6 +70,37 @@ def test_what_is_done_is_not_done_again(screened, capsys):
     ]
     assert screen.main(["base", "fast:matrix_lr=0.06", *argv[len(LINE) :]]) == 2
     assert "has fast with other settings" in capsys.readouterr().err
+
+
+def test_runs_on_other_text_are_refused(screened, text_data, tmp_path, capsys):
+    folder, argv = screened
+    before, shards = ended(folder), sorted(text_data.glob("*train*.bin"))
+    assert screen.main([*argv, "--data-seed", "7"]) == 2
+    assert "with other settings: use --out" in capsys.readouterr().err
+    assert screen.main([*argv, "--dev", str(shards[-1])]) == 2
+    assert "on other data, or by another train_gpt.py: use --out" in capsys.readouterr().err
+    assert ended(folder) == before
+
+
+def test_a_folder_is_one_screens(screened, monkeypatch, capsys):
+    """Another that asks for it would move its runs aside."""
+    folder, argv = screened
+    monkeypatch.setattr(folder_module.time, "sleep", lambda _: None)
+    with folder_module.locked(folder):
+        assert screen.main(argv) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+
+
+def test_budgets_of_their_own(text_data, tmp_path, capsys):
+    """Stages of all are planned with the largest; who asks for too much is named before any run."""
+    line = ["short:tokens=512", "large:tokens=8192,stages=1:4096:1:128"]
+    assert screen.main([*line, *H.tiny_argv(text_data, tmp_path, looks=1)]) == 0
+    assert len(screen.rows_of(tmp_path)) == 2
+    capsys.readouterr()
+    more = ["more:tokens=99999999", *H.tiny_argv(text_data, tmp_path / "more", looks=1)]
+    assert screen.main(["base", *more]) == 2
+    assert "screen: more: " in capsys.readouterr().err
+    assert screen.rows_of(tmp_path / "more") == []
 
 
 def test_a_run_that_was_cut_goes_aside(screened, capsys):
