@@ -3469,8 +3469,7 @@ class RunLog:
                 raise InputError(f"{file} is shorter than its checkpoint says: start a new run")
 
     def truncate(self, offsets: dict[str, int], h: str) -> None:
-        """Back to where a checkpoint was saved."""
-        self.check(offsets)
+        """Back to where a checkpoint was saved, after `check`."""
         for key, file in self.files.items() if self.active else ():
             os.truncate(file, offsets[key])
         self.h = h
@@ -3856,8 +3855,9 @@ def configure_compiler(device: torch.device) -> None:
     memory, and does so sooner where few reads are saved: a model's pass of speedrun then moves 57.1
     GB through pointwise kernels for 59.3 (counted, torch 2.11: LAB_LOG, 2026-11-29).
 
-    In torch 2.13 all of this is the calling thread's alone. So a graph's way back is compiled with
-    its way forward, and not when autograd's own thread comes to it."""
+    Inductor's choices are the calling thread's alone, and in torch 2.13 so are its settings. So a
+    graph's way back is compiled with its way forward, and not when autograd's own thread comes to
+    it."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._functorch.config.force_non_lazy_backward_lowering = True
@@ -3894,6 +3894,9 @@ def reduce_in_one_pass() -> None:
             )
 
     V.set_choices_handler(OnePass())
+    # The caches of compiled graphs do not ask for choices.
+    config, mark = torch.compiler.config, "rows in one pass"
+    config.cache_key_tag = config.cache_key_tag.removesuffix(mark) + mark
 
 
 def be_deterministic() -> None:

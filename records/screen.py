@@ -151,12 +151,13 @@ class Screen:
         self.folder, self.configs, self.shared = folder, configs, shared
         each = list(configs.values())
         corpus = T.Corpus.open(each[0].data.data, each[0].data.dev)
+        ends = {}
         for name, cfg in configs.items():
             try:
-                T.steps_of(cfg, corpus)
+                ends[name] = T.steps_of(cfg, corpus)[-1].end
             except T.InputError as e:
                 raise T.InputError(f"{name}: {e}") from None
-        longest = max(each, key=lambda cfg: T.steps_of(cfg, corpus)[-1].end).schedule
+        longest = configs[max(ends, key=ends.get)].schedule
         budget = {key: getattr(longest, key) for key in ("tokens", "most_tokens", "passes")}
         self.trainer = T.Trainer(each[0].with_(stages=all_stages(each), **budget))
         if self.trainer.world.size > 1:
@@ -340,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         "--at-a-time", type=int, default=1, metavar="N", help="processes that run at once [1]"
     )
     args, rest = parser.parse_known_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
     screen = None
     try:
         variants = dict(map(parse_variant, args.variants))

@@ -42,11 +42,19 @@ def test_the_way_back_is_compiled_by_the_caller():
 def choices():
     """Inductor's choices as they are here for a GPU, and as they were again afterwards; a graph
     whose sizes are numbers."""
-    before = V.choices
+    before, tag = V.choices, torch.compiler.config.cache_key_tag
     T.reduce_in_one_pass()
     with V.set_graph_handler(types.SimpleNamespace(sizevars=SizeVarAllocator())):
         yield V.choices
     V.set_choices_handler(before)
+    torch.compiler.config.cache_key_tag = tag
+
+
+def test_caches_know_of_the_choices(choices):
+    """Or an older graph would be taken for one of these; told again, it is the same."""
+    tag = torch.compiler.config.cache_key_tag
+    T.reduce_in_one_pass()
+    assert tag == torch.compiler.config.cache_key_tag == "rows in one pass"
 
 
 class Features:

@@ -63,6 +63,7 @@ def test_what_is_done_is_not_done_again(screened, capsys):
     folder, argv = screened
     before = ended(folder)
     assert screen.main(argv) == 0
+    assert screen.main([*argv, "--seeds", "0", "0", "1"]) == 0, "a seed named twice is one run"
     assert ended(folder) == before
     said = capsys.readouterr().out
     assert [line.split()[:2] for line in said.splitlines()[-3:]] == [
